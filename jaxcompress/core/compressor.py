@@ -1,0 +1,172 @@
+"""The quartet: init, apply, update, pack; and the lift from one array to a tree."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.core.paths import leaves_with_paths
+
+Params = Any
+Packed = Any
+
+
+class CompressState(NamedTuple):
+    """State of a Compressor; what is absent is `()`."""
+
+    learned: Any = ()  # float leaves that Optax trains beside the params
+    buffers: Any = ()  # masks, scales, counters, statistics; only `update` changes them
+
+
+class Compressor(NamedTuple):
+    """A compression method as four pure functions; params are any pytree, one array included.
+
+    Attributes:
+      init: params -> state.
+      apply: (params, state) -> the view that the forward pass sees: same structure, shapes and
+        dtypes, differentiable (straight-through where it rounds).
+      update: (params, state, *, grads=None, **extra) -> state with the same avals; refreshes
+        masks, scales and statistics, and never touches `learned`.
+      pack: (params, state) -> the same tree with `QTensor` and `Masked` leaves: what ships.
+
+    The laws that every Compressor obeys are those of tests/test_laws.py; the second one is
+    `unpack(pack(params, state)) == apply(params, state)`, bit for bit.
+    """
+
+    init: Callable[[Params], CompressState]
+    apply: Callable[[Params, CompressState], Params]
+    update: Callable[..., CompressState]
+    pack: Callable[[Params, CompressState], Packed]
+
+
+def is_float_array(x: Any) -> bool:
+    """Whether x is an array (or its shape) of floating point numbers: what methods act on."""
+    return hasattr(x, "dtype") and hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def is_absent(state: Any) -> bool:
+    """Whether a part of a state is the absent state `()`."""
+    return type(state) is tuple and not state
+
+
+def absent_if_empty(parts: Any) -> Any:
+    """`()` for a container that holds no array at all, else the container."""
+    return parts if jax.tree.leaves(parts) else ()
+
+
+@contextmanager
+def at_path(path: str) -> Iterator[None]:
+    """Puts the path of the leaf in front of the message of a ValueError or TypeError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not path or type(error) not in (ValueError, TypeError):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+
+
+def identity() -> Compressor:
+    """Leaves everything as it is.
+
+    >>> identity().apply({"w": 1.0}, CompressState())
+    {'w': 1.0}
+    """
+
+    def update(params, state, *, grads=None, **extra):
+        del params, grads, extra
+        return state
+
+    return Compressor(
+        lambda params: CompressState(),
+        lambda params, state: params,
+        update,
+        lambda params, state: params,
+    )
+
+
+def per_leaf(
+    init: Callable[[Any], CompressState],
+    apply: Callable[[Any, CompressState], Any],
+    *,
+    update: Callable[..., CompressState] | None = None,
+    pack: Callable[[Any, CompressState], Any] | None = None,
+) -> Compressor:
+    """Lifts functions of one array to every floating point leaf of a tree; others pass unchanged.
+
+    Args:
+      init: w -> CompressState of the leaf.
+      apply: (w, state) -> view of w.
+      update: (w, state, *, grads=None, **extra) -> state; default: the state stays.
+      pack: (w, state) -> packed leaf; default: the view as an array.
+
+    The tree's `learned` and `buffers` have the params' structure with each leaf replaced by its
+    own state. Errors of the four functions are raised again with the leaf's path in front.
+
+    >>> halve = per_leaf(lambda w: CompressState(), lambda w, s: w / 2)
+    >>> params = {"w": jnp.ones(2), "steps": jnp.array(3)}
+    >>> print(halve.apply(params, halve.init(params)))
+    {'steps': Array(3, dtype=int32, weak_type=True), 'w': Array([0.5, 0.5], dtype=float32)}
+    """
+
+    def leaf_init(w, state, grad):
+        del state, grad
+        return init(w)
+
+    def run(function, params, state=None, grads=None):
+        treedef = jax.tree.structure(params)
+        states = split_state(treedef, state) if state is not None else [None] * treedef.num_leaves
+        gradients = [None] * treedef.num_leaves if grads is None else treedef.flatten_up_to(grads)
+        results = []
+        for (path, w), s, g in zip(leaves_with_paths(params), states, gradients, strict=True):
+            with at_path(path):
+                results.append(function(w, s, g) if is_float_array(w) else None)
+        return treedef, results
+
+    def tree_init(params):
+        treedef, states = run(leaf_init, params)
+        return join_state(treedef, states)
+
+    def tree_apply(params, state):
+        treedef, views = run(lambda w, s, g: apply(w, s), params, state)
+        return _replace(treedef, params, views)
+
+    def tree_update(params, state, *, grads=None, **extra):
+        renew = update
+        if renew is None:
+            return state
+        treedef, states = run(lambda w, s, g: renew(w, s, grads=g, **extra), params, state, grads)
+        return join_state(treedef, states)
+
+    def tree_pack(params, state):
+        treedef, packed = run(lambda w, s, g: (pack or apply)(w, s), params, state)
+        return _replace(treedef, params, packed)
+
+    return Compressor(tree_init, tree_apply, tree_update, tree_pack)
+
+
+def _replace(treedef, params, results):
+    leaves = jax.tree.leaves(params)
+    return treedef.unflatten([w if r is None else r for w, r in zip(leaves, results, strict=True)])
+
+
+def split_state(treedef, state: CompressState) -> list[CompressState]:
+    """The states of the leaves, in flatten order."""
+
+    def rows(part):
+        return [()] * treedef.num_leaves if is_absent(part) else treedef.flatten_up_to(part)
+
+    return [
+        CompressState(*parts)
+        for parts in zip(rows(state.learned), rows(state.buffers), strict=True)
+    ]
+
+
+def join_state(treedef, states: list[CompressState | None]) -> CompressState:
+    """The state of a tree from those of its leaves (None: a leaf without state)."""
+    full = [s or CompressState() for s in states]
+    return CompressState(
+        absent_if_empty(treedef.unflatten([s.learned for s in full])),
+        absent_if_empty(treedef.unflatten([s.buffers for s in full])),
+    )

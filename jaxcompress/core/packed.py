@@ -1,0 +1,232 @@
+"""What ships: quantized and masked arrays as small as they claim, and the way back."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
+from jaxcompress.formats import Format, Granularity, pack_bits, row_bytes, unpack_bits
+
+
+def _pytree(*, data: tuple[str, ...], static: tuple[str, ...]):
+    return functools.partial(jax.tree_util.register_dataclass, data_fields=data, meta_fields=static)
+
+
+@_pytree(data=("codes", "qparams"), static=("format", "granularity", "shape", "dtype"))
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized array: packed codes, and the scales that give them a meaning.
+
+    Attributes:
+      codes: uint8 [*shape[:-1], ceil(shape[-1] * bits / 8)]; in a `Masked`, uint8 [bytes]: the
+        codes of the kept elements only, as one row.
+      qparams: the format's arrays, broadcast against `granularity.split` of the array.
+      format, granularity, shape, dtype: of the array that `unpack` gives.
+    """
+
+    codes: Array
+    qparams: Any
+    format: Format
+    granularity: Granularity
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Elements of the array."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element, scales included."""
+        return 8 * packed_bytes(self) / max(self.size, 1)
+
+
+@_pytree(data=("bitmask", "values"), static=("shape", "dtype", "nnz"))
+@dataclass(frozen=True)
+class Masked:
+    """A sparse array: one bit per element that says whether it is kept, and the kept values.
+
+    Attributes:
+      bitmask: uint8 [ceil(size / 8)], row-major, lowest bit first.
+      values: [nnz] in row-major order, or a `QTensor` that holds the codes of the kept elements.
+      shape, dtype: of the array that `unpack` gives.
+    """
+
+    bitmask: Array
+    values: Any
+    shape: tuple[int, ...]
+    dtype: str
+    nnz: int
+
+    @property
+    def size(self) -> int:
+        """Elements of the array, zeros included."""
+        return math.prod(self.shape)
+
+    @property
+    def density(self) -> float:
+        """Share of the elements that are kept."""
+        return self.nnz / max(self.size, 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element, zeros counted as elements; bitmask and scales included."""
+        return 8 * packed_bytes(self) / max(self.size, 1)
+
+
+@_pytree(data=("qparams",), static=("format",))
+@dataclass(frozen=True)
+class Grid:
+    """Where an activation's grid lies: a format, and its arrays (one scale per tensor)."""
+
+    qparams: Any
+    format: Format
+
+    @property
+    def bits(self) -> int:
+        """Bits per value."""
+        return self.format.bits
+
+    def snap(self, x: Array) -> Array:
+        """x on the grid, same dtype, straight-through gradient."""
+        return self.format.fake_quant(x, self.qparams)
+
+
+def is_packed(x: Any) -> bool:
+    """Whether x is a packed leaf; pass it as `is_leaf` to see the leaves of a packed tree."""
+    return isinstance(x, QTensor | Masked)
+
+
+def packed_bytes(tree: Any) -> int:
+    """Exact bytes of all arrays of a tree, packed or not; shapes and dtypes suffice.
+
+    >>> packed_bytes({"w": jax.ShapeDtypeStruct((3, 5), jnp.float32)})
+    60
+    """
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def quantize(
+    x: Array, qparams: Any, *, format: Format, granularity: Granularity, dtype: Any = None
+) -> QTensor:
+    """Packs an array; `unpack` gives `format.fake_quant` of it, bit for bit. Works under `jit`."""
+    codes = format.encode(x, _expand(qparams, granularity, x.shape))
+    codes = pack_bits(codes.reshape(x.shape or (1,)), format.bits)
+    name = jnp.dtype(dtype or x.dtype).name
+    return QTensor(codes, qparams, format, granularity, tuple(x.shape), name)
+
+
+def _codes(leaf: QTensor) -> Array:
+    last = leaf.shape[-1] if leaf.shape else 1
+    return unpack_bits(leaf.codes, leaf.format.bits, last).reshape(leaf.shape)
+
+
+def _expand(qparams: Any, granularity: Granularity, shape: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda p: granularity.expand(p, shape), qparams)
+
+
+def _decode(leaf: QTensor, codes: Array) -> Array:
+    qparams = _expand(leaf.qparams, leaf.granularity, leaf.shape)
+    return leaf.format.decode(codes, qparams, dtype=jnp.dtype(leaf.dtype))
+
+
+def fake_quantize(x: Array, qparams: Any, *, format: Format, granularity: Granularity) -> Array:
+    """What `unpack` gives after `quantize`, with the format's straight-through gradient."""
+    return format.fake_quant(x, _expand(qparams, granularity, x.shape))
+
+
+def kept(leaf: Masked) -> Array:
+    """The mask of a `Masked` as bool of its shape."""
+    return unpack_bits(leaf.bitmask, 1, leaf.size).reshape(leaf.shape).astype(bool)
+
+
+def _spread(values: Array, mask: Array) -> Array:
+    # Row-major position of every kept element in the compact row; zeros elsewhere.
+    if values.shape[0] == 0:
+        return jnp.zeros(mask.shape, values.dtype)
+    position = jnp.cumsum(mask.reshape(-1).astype(jnp.int32)) - 1
+    spread = values[jnp.clip(position, 0, values.shape[0] - 1)].reshape(mask.shape)
+    return jnp.where(mask, spread, jnp.zeros((), values.dtype))
+
+
+def _unpack_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, QTensor):
+        return _decode(leaf, _codes(leaf))
+    if isinstance(leaf, Masked):
+        mask, values = kept(leaf), leaf.values
+        if isinstance(values, QTensor):
+            row = unpack_bits(values.codes, values.format.bits, leaf.nnz)
+            values = _decode(values, _spread(row, mask))
+            return jnp.where(mask, values, jnp.zeros((), values.dtype))
+        return _spread(values, mask)
+    return leaf
+
+
+def unpack(tree: Any) -> Any:
+    """The arrays of a packed tree: what `Compressor.apply` gave, bit for bit.
+
+    Works under `jit` and `eval_shape`; leaves that are not packed are returned as they are.
+    """
+    return jax.tree.map(_unpack_leaf, tree, is_leaf=is_packed)
+
+
+def dense(leaf: Any) -> Any:
+    """The same leaf without its bitmask: a `QTensor` with all codes, or an array."""
+    if isinstance(leaf, Masked) and isinstance(leaf.values, QTensor):
+        values = leaf.values
+        row = unpack_bits(values.codes, values.format.bits, leaf.nnz)
+        return _with_codes(values, _spread(row, kept(leaf)))
+    return _unpack_leaf(leaf) if isinstance(leaf, Masked) else leaf
+
+
+def _with_codes(leaf: QTensor, codes: Array) -> QTensor:
+    packed = pack_bits(codes if codes.ndim else codes.reshape(1), leaf.format.bits)
+    return QTensor(packed, leaf.qparams, leaf.format, leaf.granularity, leaf.shape, leaf.dtype)
+
+
+def masked_bytes(nnz: int, dense_leaf: Any) -> int:
+    """Exact bytes of a `Masked` of an array or `QTensor` with `nnz` kept elements.
+
+    >>> masked_bytes(10, jax.ShapeDtypeStruct((8, 4), jnp.float32))  # 4 of mask, 40 of values
+    44
+    """
+    mask = row_bytes(math.prod(dense_leaf.shape), 1)
+    if isinstance(dense_leaf, QTensor):
+        return mask + row_bytes(nnz, dense_leaf.format.bits) + packed_bytes(dense_leaf.qparams)
+    return mask + nnz * jnp.dtype(dense_leaf.dtype).itemsize
+
+
+def mask_leaf(mask: Array, leaf: Any) -> Any:
+    """Keeps only the elements of an array or dense `QTensor` where `mask` is True.
+
+    Gives a `Masked`, or the leaf itself where that is not larger. The elements left out must be
+    zero already. How many are kept decides the shape, so the mask must be concrete.
+
+    Raises:
+      TypeError: the mask is traced (`pack` of a pruned leaf was called under `jit`).
+    """
+    if isinstance(mask, Tracer):
+        raise TypeError(
+            "pack of a pruned array needs the mask's values, which decide the size; "
+            "call it outside jit and eval_shape"
+        )
+    flat = jnp.broadcast_to(mask, leaf.shape).reshape(-1)
+    nnz = int(jnp.sum(flat))
+    if masked_bytes(nnz, leaf) >= packed_bytes(leaf):
+        return leaf
+    index = jnp.flatnonzero(flat, size=nnz)
+    bitmask = pack_bits(flat.astype(jnp.uint8), 1)
+    if isinstance(leaf, QTensor):
+        row = pack_bits(_codes(leaf).reshape(-1)[index], leaf.format.bits)
+        values = QTensor(row, leaf.qparams, leaf.format, leaf.granularity, leaf.shape, leaf.dtype)
+    else:
+        values = leaf.reshape(-1)[index]
+    return Masked(bitmask, values, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, nnz)

@@ -1,0 +1,20 @@
+"""What a network costs on a device: multiply-accumulates, bytes, latency, energy."""
+
+from jaxcompress.cost.device import Device, device, devices
+from jaxcompress.cost.energy import IdealEnergy, ideal_energy
+from jaxcompress.cost.estimate import estimate
+from jaxcompress.cost.report import table
+from jaxcompress.cost.result import Cost, Fit, LayerCost
+
+__all__ = [
+    "Cost",
+    "Device",
+    "Fit",
+    "IdealEnergy",
+    "LayerCost",
+    "device",
+    "devices",
+    "estimate",
+    "ideal_energy",
+    "table",
+]

@@ -1,0 +1,171 @@
+"""A device and the runtime on it: rates, memories and power, every number with its source."""
+
+import functools
+import importlib.resources
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxcompress.core.paths import near_misses
+
+GRADES = ("datasheet", "measured", "derived", "estimate")
+"""How a number is known: stated by the maker or in a published table; measured on the device;
+computed from numbers of the first two grades; anything weaker (recalled, second hand, assumed)."""
+
+OPS = ("conv", "depthwise", "dense", "matmul")
+"""Classes of contractions: convolution, depthwise convolution, weights times activations,
+activations times activations."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its unit, where it is from, and how well it is known (one of `GRADES`)."""
+
+    value: float
+    unit: str
+    source: str
+    grade: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One memory: capacity [B] and bandwidth [B/s]."""
+
+    name: str
+    capacity: Quantity
+    bandwidth: Quantity
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast contractions of one kind run.
+
+    The rate counts multiply-accumulates that are carried out: a kernel for 2:4 sparse weights
+    carries out half of the dense ones. Pattern: "dense", "unstructured" (any zeros are skipped)
+    or "N:M".
+    """
+
+    weight: str  # number type, see `cost.dtypes`
+    activation: str
+    op: str  # one of OPS
+    pattern: str
+    rate: Quantity  # MAC/s, or cycle/MAC
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What the rate is listed under."""
+        return self.weight, self.activation, self.pattern, self.op
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device with one of its runtimes; build it with `device`.
+
+    Attributes:
+      name, runtime, description: for people; `device(f"{name}:{runtime}")` gives it again.
+      rates: "peak" (no kernel is faster) or "effective" (from whole networks as they were measured,
+        what happens between contractions included).
+      clock: Hz; None where no rate is in cycles.
+      memories: by name; `weight_memory` and `activation_memory` say what lies where.
+      active_power: W while it computes.
+      overhead: s per call of a contraction.
+      throughput: the rates.
+      unpack: cycles to widen one stored weight, by the widest type that the entry is for.
+    """
+
+    name: str
+    runtime: str
+    description: str
+    rates: str
+    clock: Quantity | None
+    memories: Mapping[str, Memory]
+    weight_memory: str
+    activation_memory: str
+    active_power: Quantity
+    overhead: Quantity
+    throughput: tuple[Rate, ...]
+    unpack: Mapping[str, Quantity]
+
+    def macs_per_s(self, rate: Rate) -> float:
+        """The rate in multiply-accumulates per second."""
+        if rate.rate.unit == "cycle/MAC" and self.clock is not None:
+            return self.clock.value / rate.rate.value
+        return rate.rate.value
+
+    def quantities(self) -> Iterator[tuple[str, Quantity]]:
+        """Every number of the device under the name it has in its file."""
+        if self.clock is not None:
+            yield "clock", self.clock
+        for memory in self.memories.values():
+            yield f"memory.{memory.name}.capacity", memory.capacity
+            yield f"memory.{memory.name}.bandwidth", memory.bandwidth
+        yield "active_power", self.active_power
+        yield "overhead", self.overhead
+        for rate in self.throughput:
+            yield "throughput " + " ".join(rate.key), rate.rate
+        for weight, quantity in self.unpack.items():
+            yield f"unpack {weight}", quantity
+
+
+@functools.cache
+def _shipped() -> dict[str, dict[str, Any]]:
+    folder = importlib.resources.files("jaxcompress.cost") / "devices"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): tomllib.loads(f.read_text("utf-8")) for f in files}
+
+
+def devices() -> tuple[str, ...]:
+    """Names of the devices that come with the library, one per runtime; the first is the default.
+
+    >>> devices()
+    ('h100', 'raspberry-pi-5', 'stm32l4r5', 'stm32l4r5:tflm')
+    """
+    return tuple(
+        f"{name}:{runtime}" if i else name
+        for name, spec in _shipped().items()
+        for i, runtime in enumerate(spec["runtime"])
+    )
+
+
+def device(name_or_path: "str | os.PathLike[str] | Device") -> Device:
+    """A device by name, `name:runtime`, or the path of a TOML file (`:runtime` may follow it).
+
+    The files in `jaxcompress/cost/devices` are examples of the form.
+
+    Raises:
+      ValueError: no such device, runtime or file, or the file is not of the form; the message
+        names the key, what is missing and what would be right.
+
+    >>> device("stm32l4r5").clock.value
+    120000000.0
+    """
+    from jaxcompress.cost.spec import parse
+
+    if isinstance(name_or_path, Device):
+        return name_or_path
+    text = os.fspath(name_or_path)
+    base, colon, runtime = text.rpartition(":")
+    if not colon or text.endswith(".toml"):
+        base, runtime = text, ""
+    if base.endswith(".toml"):
+        return parse(_load(base), Path(base).stem, runtime=runtime, file=base)
+    if base not in _shipped():
+        nearest = ", ".join(map(repr, near_misses(base, devices())))
+        raise ValueError(
+            f"unknown device {text!r}; "
+            + (f"nearest: {nearest}; " if nearest else "")
+            + f"available: {', '.join(devices())}; or the path of a .toml file"
+        )
+    return parse(_shipped()[base], base, runtime=runtime, file=f"{base}.toml")
+
+
+def _load(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"device file {path!r} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"device file {path!r} is not TOML: {error}") from error

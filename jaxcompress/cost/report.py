@@ -1,0 +1,147 @@
+"""Costs for people: a summary in plain text, tables with rich."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxcompress.cost.result import Cost, LayerCost
+
+
+def si(value: float, unit: str) -> str:
+    """A number with three digits and an SI prefix.
+
+    >>> si(0.000123, "s"), si(40551424, "MAC"), si(0, "J")
+    ('123 us', '40.6 MMAC', '0 J')
+    """
+    if value == 0:
+        return f"0 {unit}".rstrip()
+    for prefix, scale in zip("TGMk", (1e12, 1e9, 1e6, 1e3), strict=True):
+        if abs(value) >= 0.9995 * scale:
+            return f"{value / scale:.3g} {prefix}{unit}"
+    for prefix, scale in zip(("", "m", "u", "n"), (1, 1e-3, 1e-6, 1e-9), strict=True):
+        if abs(value) >= 0.9995 * scale:
+            return f"{value / scale:.3g} {prefix}{unit}".rstrip()
+    return f"{value / 1e-12:.3g} p{unit}"
+
+
+def summary(cost: Cost) -> str:
+    """Totals, whether it fits, the slowest layers, fallbacks and notes, as lines of text."""
+    lines = [
+        f"{cost.device.name} ({cost.device.runtime}): {si(cost.latency_s, 's')}, "
+        f"{si(cost.energy_j, 'J')}, {si(cost.macs, 'MAC')}",
+        f"  weights {cost.weight_bytes:,} B, activations {cost.activation_bytes:,} B, "
+        f"peak {cost.peak_bytes:,} B",
+        f"  {cost.fits()}",
+    ]
+    slowest = sorted(cost.layers, key=lambda layer: -layer.latency_s)[:3]
+    for layer in slowest:
+        if layer.latency_s:
+            share = layer.latency_s / cost.latency_s
+            lines.append(f"  {layer.name}: {si(layer.latency_s, 's')} ({share:.0%}), {layer.bound}")
+    lines += [f"  {text}" for text in fallbacks(cost.layers)]
+    lines += [f"  note: {note}" for note in cost.notes]
+    return "\n".join(lines)
+
+
+def fallbacks(layers: Iterable[LayerCost]) -> list[str]:
+    """One line per layer that the device runs otherwise than it is stored, at most four."""
+    lines = [f"{layer.name}: {layer.fallback}" for layer in layers if layer.fallback]
+    return lines if len(lines) <= 4 else [*lines[:3], f"and {len(lines) - 3} more layers fall back"]
+
+
+def _rich() -> Any:
+    try:
+        import rich.box
+        import rich.console
+        import rich.table
+    except ImportError as error:
+        raise ImportError(
+            'tables need rich: pip install "jaxcompress[experiments]" (print(cost) needs nothing)'
+        ) from error
+    return rich
+
+
+_LAYER_COLUMNS = ("layer", "op", "MAC", "bits", "weights", "act.", "latency", "energy")
+
+
+def _layer_row(layer: LayerCost) -> tuple[str, ...]:
+    return (
+        layer.name,
+        layer.op,
+        si(layer.macs, ""),
+        f"{layer.weight_bits:.3g}" if layer.weight_bits else "",
+        si(layer.weight_bytes, "B"),
+        si(layer.activation_bytes, "B"),
+        si(layer.latency_s, "s"),
+        si(layer.energy_j, "J"),
+        layer.bound,
+    )
+
+
+def _of_layers(cost: Cost, rich: Any) -> Any:
+    title = f"{cost.device.name} ({cost.device.runtime})"
+    caption = "\n".join([str(cost.fits()), *fallbacks(cost.layers)])
+    # Narrow enough for 80 columns.
+    style = {"box": rich.box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    grid = rich.table.Table(title=title, caption=caption, show_footer=True, **style)
+    totals = (
+        "total",
+        "",
+        si(cost.macs, ""),
+        "",
+        si(cost.weight_bytes, "B"),
+        si(cost.activation_bytes, "B"),
+        si(cost.latency_s, "s"),
+        si(cost.energy_j, "J"),
+    )
+    for name, total in zip(_LAYER_COLUMNS, totals, strict=True):
+        left, fold = name in ("layer", "op"), name == "layer"
+        grid.add_column(
+            name,
+            total,
+            justify="left" if left else "right",
+            no_wrap=not fold,
+            overflow="fold",
+            min_width=12 if fold else None,
+        )
+    grid.add_column("bound")
+    for layer in cost.layers:
+        grid.add_row(*_layer_row(layer))
+    return grid
+
+
+def _of_costs(costs: Mapping[str, Cost], rich: Any) -> Any:
+    grid = rich.table.Table(title="costs")
+    for name in ("", "device", "MAC", "weights", "peak", "latency", "energy", "fits"):
+        grid.add_column(name, justify="left" if name in ("", "device", "fits") else "right")
+    for name, cost in costs.items():
+        grid.add_row(
+            name,
+            f"{cost.device.name} ({cost.device.runtime})",
+            si(cost.macs, ""),
+            si(cost.weight_bytes, "B"),
+            si(cost.peak_bytes, "B"),
+            si(cost.latency_s, "s"),
+            si(cost.energy_j, "J"),
+            "yes" if cost.fits() else "no",
+        )
+    return grid
+
+
+def table(cost_or_costs: Cost | Sequence[Cost] | Mapping[str, Cost], console: Any = None) -> None:
+    """Prints one cost layer by layer, or several costs (a sequence, or by name) side by side.
+
+    Args:
+      cost_or_costs: what `estimate` gave.
+      console: a `rich.console.Console`; None for standard output.
+
+    Raises:
+      ImportError: rich is not installed.
+    """
+    rich = _rich()
+    console = console or rich.console.Console()
+    if isinstance(cost_or_costs, Cost):
+        console.print(_of_layers(cost_or_costs, rich))
+        return
+    if not isinstance(cost_or_costs, Mapping):
+        cost_or_costs = {str(i): cost for i, cost in enumerate(cost_or_costs)}
+    console.print(_of_costs(cost_or_costs, rich))

@@ -1,0 +1,139 @@
+"""The result of an estimate: totals, one row per contraction, and whether it fits."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxcompress.cost.device import Device
+
+OTHER = "other parameters"
+"""Name of the row of the parameters that feed no contraction (biases, norms, embeddings)."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one contraction, all its calls together.
+
+    Attributes:
+      name: of the site in `graph.trace`, or `OTHER`.
+      op: one of `device.OPS`; "" for `OTHER`, as are the other words.
+      macs, flops: multiply-accumulates, zeros and padding included; flops = 2 * macs.
+      macs_effective: those that the device carries out.
+      weight_dtype, activation_dtype, pattern, density: of the operands.
+      weight_bits: stored bits per weight, scales and bitmask included; 0 without weights.
+      weight_bytes: stored bytes; a parameter used by several sites counts at the first.
+      weight_read_bytes: bytes of weights read, once per call.
+      activation_bytes: operands and output at their bits, once per call.
+      peak_bytes: the same of a single call.
+      compute_s, memory_s, overhead_s: latency_s = max(compute_s, memory_s) + overhead_s.
+      energy_j: active power of the device times latency_s.
+      bound: "compute" | "memory" | "overhead", the largest of the three.
+      fallback: what the device cannot do and does instead; "" if nothing.
+    """
+
+    name: str
+    weight_bytes: int
+    op: str = ""
+    macs: int = 0
+    flops: int = 0
+    macs_effective: int = 0
+    weight_dtype: str = ""
+    activation_dtype: str = ""
+    pattern: str = ""
+    density: float = 1.0
+    weight_bits: float = 0.0
+    weight_read_bytes: int = 0
+    activation_bytes: int = 0
+    peak_bytes: int = 0
+    compute_s: float = 0.0
+    memory_s: float = 0.0
+    overhead_s: float = 0.0
+    latency_s: float = 0.0
+    energy_j: float = 0.0
+    bound: str = ""
+    fallback: str = ""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Bytes needed and available per memory; true if all fit, and printed as one line."""
+
+    used: Mapping[str, int]
+    capacity: Mapping[str, int]
+
+    @property
+    def bottleneck(self) -> str:
+        """The memory that is fullest."""
+        return max(self.used, key=lambda name: self.used[name] / self.capacity[name])
+
+    def __bool__(self) -> bool:
+        return all(self.used[name] <= self.capacity[name] for name in self.used)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} {used:,} of {self.capacity[name]:,} B ({used / self.capacity[name]:.1%})"
+            for name, used in self.used.items()
+        ]
+        verdict = "fits" if self else "does not fit"
+        return f"{verdict}: {', '.join(parts)}; fullest: {self.bottleneck}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs on a device, for the inputs that were given.
+
+    Every total is the sum over `layers`, besides `peak_bytes`, which is the largest.
+
+    Attributes:
+      macs, flops: of all contractions; elementwise operations are not counted.
+      weight_bytes: exactly `core.packed_bytes` of the parameters.
+      activation_bytes: operands and outputs of all contractions, as if each went to memory.
+      peak_bytes: largest operands plus output of one contraction: a lower bound of the memory
+        for activations, since tensors kept for later (skip connections) are left out.
+      latency_s, energy_j: of the contractions one after the other.
+      notes: what the figures rest on and leave out.
+    """
+
+    macs: int
+    flops: int
+    weight_bytes: int
+    activation_bytes: int
+    peak_bytes: int
+    latency_s: float
+    energy_j: float
+    layers: tuple[LayerCost, ...]
+    device: Device
+    notes: tuple[str, ...]
+
+    def fits(self) -> Fit:
+        """Weights and peak activations against the memories where the device keeps them."""
+        device = self.device
+        used = dict.fromkeys((device.weight_memory, device.activation_memory), 0)
+        used[device.weight_memory] += self.weight_bytes
+        used[device.activation_memory] += self.peak_bytes
+        capacity = {name: int(device.memories[name].capacity.value) for name in used}
+        return Fit(used, capacity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, for JSON."""
+        fit = self.fits()
+        plain = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("layers", "device", "notes")
+        }
+        return plain | {
+            "device": self.device.name,
+            "runtime": self.device.runtime,
+            "fits": bool(fit),
+            "memory_used_bytes": dict(fit.used),
+            "memory_capacity_bytes": dict(fit.capacity),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        from jaxcompress.cost.report import summary
+
+        return summary(self)

@@ -1,0 +1,5 @@
+"""Distillation losses."""
+
+from jaxcompress.distill.logits import kd
+
+__all__ = ["kd"]

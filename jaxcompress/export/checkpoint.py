@@ -1,0 +1,262 @@
+"""Packed checkpoints: as small as they claim, read back without the model's code.
+
+A file is a safetensors file. Each leaf `a/b/kernel` is one array of that name, or several:
+`.codes`, `.scale`, `.zero_point` of a `QTensor`, and `.mask`, `.values` or `.codes` of a `Masked`.
+The metadata say, for each packed leaf, `format|axes|group|shape|dtype` (and `|nnz` if masked),
+e.g. `int4|-1||3x3x16x16|float32`; the metadata key `jaxcompress` is the version of this scheme.
+The grids of activations lie in `activations.scale` and `activations.zero_point`, one after the
+other; the metadata key `activations` lists `name|format|shape` of each, `;` between.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, kept, packed_bytes, unpack
+from jaxcompress.core.paths import leaves_with_paths, near_misses
+from jaxcompress.export import container
+from jaxcompress.formats import FixedPoint, Granularity, Integer, QParams, parse
+
+VERSION = "1"
+_TAKEN = ("jaxcompress", "crc32", "activations")
+
+
+class Checkpoint(NamedTuple):
+    """What a packed file holds."""
+
+    params: Any  # the packed tree; `unpack` gives arrays
+    activations: dict[str, Grid]  # {tap name: Grid}, for `quantize.with_activations`
+    metadata: dict[str, str]  # the caller's own
+
+
+def save(
+    path: str | os.PathLike,
+    params: Any,
+    *,
+    activations: Mapping[str, Grid] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> container.FileSize:
+    """Writes a packed tree (QTensor, Masked and plain arrays) to one file.
+
+    The payload is exactly `packed_bytes((params, activations))`. Nothing appears under `path`
+    before it is whole.
+
+    Args:
+      path: conventionally `*.safetensors`.
+      params: a pytree; its paths become the names.
+      activations: the grids of the activations, by tap.
+      metadata: strings of your own, kept in the header.
+
+    Raises:
+      ValueError: two leaves have one path, or a key of `metadata` is taken.
+      TypeError: a leaf of a format without a name, or of a dtype the file cannot hold.
+    """
+    content, size = _encode(params, activations or {}, metadata or {})
+    container.write(path, content)
+    return size
+
+
+def file_size(
+    params: Any,
+    *,
+    activations: Mapping[str, Grid] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> container.FileSize:
+    """What `save` would write, without writing it.
+
+    >>> file_size({"w": jnp.zeros((8, 4))})
+    FileSize(file_bytes=248, header_bytes=120, payload_bytes=128)
+    """
+    return _encode(params, activations or {}, metadata or {})[1]
+
+
+def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
+    arrays, schemes = _disassemble_grids(activations)
+    for name, leaf in leaves_with_paths(params, is_leaf=is_packed):
+        parts, scheme = _disassemble(name or "params", leaf)
+        if clash := set(parts) & set(arrays):
+            raise ValueError(f"two leaves are named {sorted(clash)[0]!r}")
+        arrays |= parts
+        if scheme:
+            schemes["leaf:" + (name or "params")] = scheme
+    reserved = [k for k in metadata if k in _TAKEN or k.startswith("leaf:")]
+    if reserved:
+        raise ValueError(f"metadata key {reserved[0]!r} is taken by the file format")
+    content, size = container.encode(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
+    assert size.payload_bytes == packed_bytes((params, dict(activations)))
+    return content, size
+
+
+def _disassemble_grids(activations: Mapping[str, Grid]):
+    if not activations:
+        return {}, {}
+    texts, scales, zeros = [], [], []
+    for name, grid in activations.items():
+        _refuse_nameless(name, grid.format)
+        shape = ""
+        if isinstance(grid.qparams, QParams):
+            shape = _size_text(grid.qparams.scale.shape)
+            scales.append(np.asarray(grid.qparams.scale).reshape(-1))
+            if not isinstance(grid.qparams.zero_point, tuple):
+                zeros.append(np.asarray(grid.qparams.zero_point).reshape(-1))
+        texts.append(f"{name}|{grid.format.name}|{shape}")
+    parts = {"activations.scale": scales, "activations.zero_point": zeros}
+    arrays = {name: np.concatenate(part) for name, part in parts.items() if part}
+    return arrays, {"activations": ";".join(texts)}
+
+
+def _assemble_grids(text: str, arrays: dict[str, np.ndarray]) -> dict[str, Grid]:
+    empty = np.zeros(0, np.uint8)
+    scales = arrays.pop("activations.scale", empty)
+    zeros = arrays.pop("activations.zero_point", empty)
+    grids = {}
+    for entry in text.split(";") if text else []:
+        name, format_name, sizes = entry.rsplit("|", 2)
+        format, shape = parse(format_name), _sizes(sizes)
+        qparams: Any = ()
+        if isinstance(format, Integer):
+            count, zero = math.prod(shape), ()
+            scale, scales = jnp.asarray(scales[:count]).reshape(shape), scales[count:]
+            if not format.symmetric:
+                zero, zeros = jnp.asarray(zeros[:count]).reshape(shape), zeros[count:]
+            qparams = QParams(scale, zero)
+        grids[name] = Grid(qparams, format)
+    if len(scales) or len(zeros):
+        raise ValueError("more scales than activations")
+    return grids
+
+
+def _refuse_nameless(name: str, format: Any) -> None:
+    if not isinstance(format, Integer | FixedPoint):
+        raise TypeError(f"{name}: a format of type {type(format).__name__} cannot be saved")
+
+
+def _disassemble(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], str]:
+    if isinstance(leaf, Masked):
+        parts, inner = _disassemble(name, leaf.values)
+        if not inner:
+            parts = {f"{name}.values": parts[name]}
+            inner = f"|||{_size_text(leaf.shape)}|{leaf.dtype}"
+        return {f"{name}.mask": np.asarray(leaf.bitmask), **parts}, f"{inner}|{leaf.nnz}"
+    if not isinstance(leaf, QTensor):
+        return {name: np.asarray(leaf)}, ""
+    _refuse_nameless(name, leaf.format)
+    parts = {f"{name}.codes": np.asarray(leaf.codes)}
+    if isinstance(leaf.qparams, QParams):
+        parts[f"{name}.scale"] = np.asarray(leaf.qparams.scale)
+        if not isinstance(leaf.qparams.zero_point, tuple):
+            parts[f"{name}.zero_point"] = np.asarray(leaf.qparams.zero_point)
+    axes = ",".join(map(str, leaf.granularity.axis))
+    group = "" if leaf.granularity.group is None else str(leaf.granularity.group)
+    fields = (leaf.format.name, axes, group, _size_text(leaf.shape), leaf.dtype)
+    return parts, "|".join(fields)
+
+
+def _size_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split("x")) if text else ()
+
+
+def load(path: str | os.PathLike, *, like: Any = None) -> Checkpoint:
+    """Reads a packed file.
+
+    Args:
+      path: a file that `save` wrote.
+      like: a tree whose structure and paths `params` takes (NNX, Equinox, lists); None gives
+        nested dicts, split at `/`.
+
+    Returns:
+      `Checkpoint(params, activations, metadata)`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: truncated, damaged, of another program or a newer version, or without a leaf
+        that `like` has.
+    """
+    arrays, metadata = container.read(path)
+    if metadata.get("jaxcompress") != VERSION:
+        found = metadata.get("jaxcompress", "none")
+        raise ValueError(f"{path}: scheme version {found}, this program reads {VERSION}")
+    schemes = {k[5:]: metadata.pop(k) for k in list(metadata) if k.startswith("leaf:")}
+    leaves, name = {}, "activations"
+    try:
+        grids = _assemble_grids(metadata.get(name, ""), arrays)
+        for name, scheme in schemes.items():
+            leaves[name] = _assemble(name, scheme, arrays)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        scheme = schemes.get(name, metadata.get(name))
+        raise ValueError(f"{path}: {name}: its parts do not fit {scheme!r}: {error}") from error
+    leaves |= {name: jnp.asarray(array) for name, array in arrays.items()}
+    params = _nest(path, leaves) if like is None else _into(path, leaves, like)
+    return Checkpoint(params, grids, {k: v for k, v in metadata.items() if k not in _TAKEN})
+
+
+def _assemble(name: str, scheme: str, arrays: dict[str, np.ndarray]) -> Any:
+    format_name, axes, group, sizes, dtype, *rest = scheme.split("|")
+    shape = _sizes(sizes)
+    if format_name:
+        axis = tuple(int(a) for a in axes.split(",")) if axes else ()
+        where = Granularity(axis, int(group) if group else None)
+        leaf = _assemble_codes(name, format_name, where, shape, dtype, arrays)
+    else:
+        leaf = jnp.asarray(arrays.pop(f"{name}.values"))
+    if rest:
+        leaf = Masked(jnp.asarray(arrays.pop(f"{name}.mask")), leaf, shape, dtype, int(rest[0]))
+    _check(leaf)
+    return leaf
+
+
+def _assemble_codes(name, format_name, where, shape, dtype, arrays) -> QTensor:
+    format = parse(format_name)
+    qparams: Any = ()
+    if isinstance(format, Integer):
+        scale = jnp.asarray(arrays.pop(f"{name}.scale"))
+        zero = () if format.symmetric else jnp.asarray(arrays.pop(f"{name}.zero_point"))
+        if scale.shape != where.scale_shape(shape):
+            raise ValueError(f"scales of shape {scale.shape}")
+        qparams = QParams(scale, zero)
+    codes = jnp.asarray(arrays.pop(f"{name}.codes"))
+    return QTensor(codes, qparams, format, where, shape, jnp.dtype(dtype).name)
+
+
+def _check(leaf: Any) -> None:
+    # The abstract unpack meets every shape rule; the popcount of the mask must be nnz.
+    if jax.eval_shape(unpack, leaf).shape != leaf.shape:
+        raise ValueError(f"the parts do not have the shape {leaf.shape}")
+    if isinstance(leaf, Masked) and int(jnp.sum(kept(leaf))) != leaf.nnz:
+        raise ValueError(f"the mask does not keep {leaf.nnz} elements")
+
+
+def _nest(path: Any, leaves: dict[str, Any]) -> Any:
+    if set(leaves) == {"params"}:
+        return leaves["params"]
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict) or is_packed(node):
+                raise ValueError(f"{path}: {name!r} lies below another leaf")
+        node[last] = leaf
+    return tree
+
+
+def _into(path: Any, leaves: dict[str, Any], like: Any) -> Any:
+    flat = leaves_with_paths(like, is_leaf=is_packed)
+    wanted = [name or "params" for name, _ in flat]
+    if missing := [name for name in wanted if name not in leaves]:
+        hint = near_misses(missing[0], leaves) or sorted(leaves)[:3]
+        raise ValueError(f"{path}: no leaf {missing[0]!r}; nearest in the file: {hint}")
+    if extra := sorted(set(leaves) - set(wanted)):
+        raise ValueError(f"{path}: holds {extra[0]!r}, which `like` does not have")
+    treedef = jax.tree.structure(like, is_leaf=is_packed)
+    return treedef.unflatten([leaves[name] for name in wanted])

@@ -1,0 +1,85 @@
+"""Fixed point Qm.n: a sign, m integer bits and n fraction bits; the scale is 2**-n for all."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxcompress.formats.rounding import uniform_codes, uniform_ste
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """x = code * 2**-n with codes in [-2**(m+n), 2**(m+n) - 1]; build it with `fixed_point`."""
+
+    integer_bits: int
+    fraction_bits: int
+
+    scale_bytes = 0
+
+    @property
+    def bits(self) -> int:
+        """Bits per value, sign included."""
+        return 1 + self.integer_bits + self.fraction_bits
+
+    @property
+    def name(self) -> str:
+        """`q2.5`; `formats.parse` reads it."""
+        return f"q{self.integer_bits}.{self.fraction_bits}"
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Lowest and highest code."""
+        half = 2 ** (self.bits - 1)
+        return -half, half - 1
+
+    def qparams(self, low: Array, high: Array, *, dtype: Any = jnp.float32) -> tuple[()]:
+        """Nothing: the grid is fixed. Numbers outside [-2**m, 2**m - 2**-n] saturate."""
+        del low, high, dtype
+        return ()
+
+    def _place(self) -> tuple[Array, Array, Array]:
+        # scale, lowest and highest code, float32
+        low, high = self.bounds
+        return jnp.float32(2.0**-self.fraction_bits), jnp.float32(low), jnp.float32(high)
+
+    def fake_quant(self, x: Array, qparams: tuple[()] = ()) -> Array:
+        """The nearest number of the grid, in x's dtype; straight-through inside the range."""
+        del qparams
+        return uniform_ste(x, *self._place()).astype(x.dtype)
+
+    def encode(self, x: Array, qparams: tuple[()] = ()) -> Array:
+        """Unsigned (two's complement) codes below 2**bits; uint8, or uint16 above 8 bits."""
+        del qparams
+        # q = clip(round(x * 2^n), -2^(m+n), 2^(m+n) - 1); a power of two divides exactly
+        q = uniform_codes(x, *self._place()).astype(jnp.int32) & (2**self.bits - 1)
+        return q.astype(jnp.uint8 if self.bits <= 8 else jnp.uint16)
+
+    def decode(self, codes: Array, qparams: tuple[()] = (), *, dtype: Any = jnp.float32) -> Array:
+        """The numbers of the codes: exactly what `fake_quant` gave."""
+        del qparams
+        half = 2 ** (self.bits - 1)
+        q = (codes.astype(jnp.int32) ^ half) - half
+        return (q.astype(jnp.float32) * jnp.float32(2.0**-self.fraction_bits)).astype(dtype)
+
+
+def fixed_point(integer_bits: int, fraction_bits: int) -> FixedPoint:
+    """Signed fixed point Qm.n of 1 + m + n bits, range [-2**m, 2**m - 2**-n], step 2**-n.
+
+    m may be negative (all bits behind the point, the first of them unused) and so may n.
+
+    Raises:
+      ValueError: 1 + m + n is not 1 to 16.
+
+    >>> q = fixed_point(0, 3)
+    >>> print(q.fake_quant(jnp.array([0.3, -1.2, 0.99])))
+    [ 0.25  -1.     0.875]
+    """
+    total = 1 + integer_bits + fraction_bits
+    if not 1 <= total <= 16:
+        raise ValueError(
+            f"fixed_point(integer_bits, fraction_bits): 1 + {integer_bits} + {fraction_bits} = "
+            f"{total} bits; the sum must be 1 to 16"
+        )
+    return FixedPoint(integer_bits, fraction_bits)

@@ -1,0 +1,145 @@
+"""Uniform integer grids: x = scale * (code - zero_point).
+
+Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference, CVPR 2018, arXiv 1712.05877, eq. 1 and section 3.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxcompress.formats.rounding import uniform_codes, uniform_ste
+
+
+class QParams(NamedTuple):
+    """What turns codes into numbers, one per block, broadcast against the blocked view."""
+
+    scale: Array  # float32
+    zero_point: Any = ()  # uint8, or () where the grid is symmetric
+
+
+@dataclass(frozen=True)
+class Integer:
+    """Integer codes of `bits` bits; build it with `integer`.
+
+    Symmetric codes are two's complement in [-qmax, qmax] (narrow) or [-qmax - 1, qmax], with
+    qmax = 2**(bits - 1) - 1; asymmetric codes are unsigned in [0, 2**bits - 1].
+    `bits` may be a traced number as long as nothing is packed.
+    """
+
+    bits: int
+    symmetric: bool = True
+    narrow: bool = True
+
+    @property
+    def name(self) -> str:
+        """`int4`, `int4_full` (full range), `uint4` (asymmetric); `formats.parse` reads it."""
+        if not self.symmetric:
+            return f"uint{self.bits}"
+        return f"int{self.bits}" if self.narrow else f"int{self.bits}_full"
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of metadata per block: a float32 scale, and a uint8 zero point if asymmetric."""
+        return 4 if self.symmetric else 5
+
+    @property
+    def bounds(self) -> tuple[Any, Any]:
+        """Lowest and highest code, zero point not taken off."""
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        qmax = 2 ** (self.bits - 1) - 1
+        if not isinstance(self.bits, int):
+            return (-jnp.maximum(qmax, 1) if self.narrow else -qmax - 1), qmax
+        # One bit has no narrow range besides zero: it is two's complement, {-1, 0}.
+        return (-qmax if self.narrow and self.bits > 1 else -qmax - 1), qmax
+
+    def qparams(self, low: Array, high: Array, *, dtype: Any = jnp.float32) -> QParams:
+        """Scale and zero point that cover [low, high], which contains 0.
+
+        S = max(-low, high) / qmax, or S = (high - low) / (q+ - q-), Z = round(-low / S).
+        A block of zeros gets scale 1. Scales are float32 and never so small that numbers of
+        `dtype` could not hold the grid.
+        """
+        qmin, qmax = self.bounds
+        if self.symmetric:
+            span = jnp.maximum(-low, high)
+            steps = max(qmax, 1) if isinstance(qmax, int) else jnp.maximum(qmax, 1)
+        else:
+            span = high - low
+            steps = qmax - qmin
+        # XLA divides by a constant through its reciprocal; written so, jit and eager agree.
+        static = isinstance(steps, int)
+        inverse = np.float32(1 / steps) if static else 1.0 / steps.astype(jnp.float32)
+        scale = jnp.maximum(span * inverse, _smallest_scale(dtype))
+        # Two roundings: up to two ulps more where the end of the range would fall outside the grid.
+        for _ in range(2):
+            short = span * (1.0 / scale) > jnp.asarray(steps, jnp.float32)
+            scale = jnp.where(short, jnp.nextafter(scale, jnp.inf), scale)
+        # A comparison would take NaN for a block of zeros and hide it.
+        scale = jnp.where(span == 0, jnp.ones_like(scale), scale)
+        if self.symmetric:
+            return QParams(scale)
+        zero = jnp.clip(jnp.round(-low / scale), 0.0, jnp.asarray(qmax, jnp.float32))
+        return QParams(scale, zero.astype(jnp.uint8))
+
+    def _ends(self, qparams: QParams) -> tuple[Array, Array]:
+        # Lowest and highest code with the zero point taken off, float32.
+        low, high = (jnp.asarray(bound, jnp.float32) for bound in self.bounds)
+        if self.symmetric:
+            return low, high
+        zero = qparams.zero_point.astype(jnp.float32)
+        return low - zero, high - zero
+
+    def fake_quant(self, x: Array, qparams: QParams) -> Array:
+        """The nearest number of the grid, in x's dtype; straight-through inside the range."""
+        return uniform_ste(x, qparams.scale, *self._ends(qparams)).astype(x.dtype)
+
+    def encode(self, x: Array, qparams: QParams) -> Array:
+        """Unsigned codes below 2**bits, uint8."""
+        # q = clip(round(x / S), q- - Z, q+ - Z)
+        q = uniform_codes(x, qparams.scale, *self._ends(qparams)).astype(jnp.int32)
+        if not self.symmetric:
+            return (q + qparams.zero_point.astype(jnp.int32)).astype(jnp.uint8)
+        return (q & (2**self.bits - 1)).astype(jnp.uint8)
+
+    def decode(self, codes: Array, qparams: QParams, *, dtype: Any = jnp.float32) -> Array:
+        """The numbers of the codes: exactly what `fake_quant` gave."""
+        q = codes.astype(jnp.int32)
+        if self.symmetric:
+            half = 2 ** (self.bits - 1)
+            q = (q ^ half) - half
+        else:
+            q = q - qparams.zero_point.astype(jnp.int32)
+        return (q.astype(jnp.float32) * qparams.scale).astype(dtype)
+
+
+def _smallest_scale(dtype: Any) -> float:
+    # Below this the grid's numbers fall into the subnormals of dtype (flushed, or too coarse).
+    info = jnp.finfo(dtype)
+    if info.bits == 16 and info.nexp == 5:  # float16 keeps its subnormals
+        return 2 * float(info.smallest_subnormal)
+    return float(jnp.finfo(jnp.float32).tiny)
+
+
+def integer(bits: int, *, symmetric: bool = True, narrow: bool = True) -> Integer:
+    """Integers of 1 to 8 bits, one scale (and zero point, if not symmetric) per block.
+
+    Args:
+      bits: 1 to 8; a traced number where only the fake-quantized view is needed.
+      symmetric: zero point 0 and a range around zero; else [low, high] is covered as it is.
+      narrow: leave out the lowest code of a symmetric grid, so that Q(-x) = -Q(x). At 1 bit it
+        does not apply: the codes are {-1, 0}.
+
+    Raises:
+      ValueError: bits outside 1 to 8.
+
+    >>> integer(4).bounds, integer(4, symmetric=False).bounds, integer(8).name
+    ((-7, 7), (0, 15), 'int8')
+    """
+    if isinstance(bits, int) and not 1 <= bits <= 8:
+        raise ValueError(f"integer(bits): bits must be 1 to 8, got {bits}")
+    return Integer(bits, symmetric, narrow if symmetric else True)

@@ -1,0 +1,7 @@
+"""One tracer and one walker over the jaxpr of any pure function."""
+
+from jaxcompress.graph.sites import Graph, Site, Tap
+from jaxcompress.graph.trace import trace
+from jaxcompress.graph.walk import walk
+
+__all__ = ["Graph", "Site", "Tap", "trace", "walk"]

@@ -1,0 +1,162 @@
+"""All that depends on JAX internals or differs between JAX versions, in one place.
+
+Seen to work from JAX 0.10 to 0.12. What changed in between: an open and a closed jaxpr became one
+class, and `scan` describes its operands by `ft_in` instead of `num_consts` and `num_carry`.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jec
+from jax.custom_derivatives import SymbolicZero as SymbolicZero
+
+DOT, CONV = "dot_general", "conv_general_dilated"
+JIT = frozenset({"jit", "pjit"})
+CALL = frozenset({"closed_call", "core_call", "core_closed_call"})
+REMAT = frozenset({"remat2", "checkpoint", "remat"})
+CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+# Primitives that multiply matrices, or may, with nothing inside to look at.
+OPAQUE = frozenset(
+    {
+        "ragged_dot",
+        "ragged_dot_general",
+        "scaled_dot",
+        "scaled_matmul",
+        "scaled_matmul_wrapper",
+        "dot_product_attention_fwd",
+        "dot_product_attention_fwd_wrapper",
+        "dot_product_attention_bwd",
+        "dot_product_attention_bwd_wrapper",
+        "dot_product_attention_fp8_fwd_wrapper",
+        "dot_product_attention_fp8_bwd_wrapper",
+        "ffi_call",
+        "call_exported",
+        "call_hi_primitive",
+        "tpu_custom_call",
+        "pure_callback",
+        "io_callback",
+    }
+)
+
+_WRAPPED = re.compile(r"\b(?:jvp|transpose|vmap|pmap|remat|checkpoint|rematted_computation)\(")
+
+
+class Body(NamedTuple):
+    """A sub-jaxpr and the values of its constants."""
+
+    jaxpr: Any  # with .constvars, .invars, .outvars, .eqns
+    consts: tuple[Any, ...]
+
+
+def body(jaxpr: Any) -> Body:
+    """The body of an open or closed jaxpr."""
+    return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ())))
+
+
+def bodies(params: Mapping[str, Any]) -> Iterator[Body]:
+    """All jaxprs among the parameters of an equation, at any depth of tuples, lists and dicts."""
+    for value in params.values():
+        if isinstance(value, jec.Jaxpr | jec.ClosedJaxpr):
+            yield body(value)
+        elif isinstance(value, tuple | list):
+            yield from bodies({str(i): item for i, item in enumerate(value)})
+        elif isinstance(value, dict):
+            yield from bodies(value)
+
+
+def is_literal(v: Any) -> bool:
+    """Whether an operand is a number in the jaxpr itself, not a variable."""
+    return isinstance(v, jec.Literal)
+
+
+def call_body(eqn: Any) -> Body:
+    """The one jaxpr of an equation that is a call: jit, remat, custom_jvp, custom_vjp."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in eqn.params:
+            return body(eqn.params[key])
+    raise ValueError(
+        f"{eqn.primitive.name} in JAX {jax.__version__} has no known jaxpr among its parameters "
+        f"{sorted(eqn.params)}"
+    )
+
+
+def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many the carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = (len(group) for group in params["ft_in"].unpack())
+    return consts, carry
+
+
+def jit_options(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `jax.jit` that matter for an equation inside a program: its shardings.
+
+    One more operand (the states) comes first, and one more result last.
+    """
+    options: dict[str, Any] = {}
+    ins = _shardings(params.get("in_shardings", ()))
+    outs = _shardings(params.get("out_shardings", ()))
+    if any(s is not None for s in ins):
+        options["in_shardings"] = (None, *ins)
+    if any(s is not None for s in outs):
+        options["out_shardings"] = (list(outs), None)
+    return options
+
+
+def _shardings(given: Any) -> tuple[Any, ...]:
+    return tuple(s if isinstance(s, jax.sharding.Sharding) else None for s in given)
+
+
+def remat_options(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `jax.checkpoint` that an equation was made with; states come first."""
+    prevent_cse = params["prevent_cse"]
+    if isinstance(prevent_cse, tuple):
+        prevent_cse = (True, *prevent_cse)
+    return {"prevent_cse": prevent_cse, "policy": params["policy"]}
+
+
+def scope(eqn: Any) -> str:
+    """The name stack of an equation within its own jaxpr, without transform names.
+
+    >>> strip("transpose(jvp(Net))/vmap(Dense_0)")
+    'Net/Dense_0'
+    """
+    return strip(str(eqn.source_info.name_stack))
+
+
+def strip(stack: str) -> str:
+    """Drops `jvp(...)`, `transpose(...)`, `vmap(...)` and the like around names."""
+    while match := _WRAPPED.search(stack):
+        depth, end = 1, match.end()
+        while end < len(stack) and depth:
+            depth += {"(": 1, ")": -1}.get(stack[end], 0)
+            end += 1
+        inner = stack[match.end() : end - (depth == 0)]
+        stack = stack[: match.start()] + inner + stack[end:]
+    return "/".join(part for part in stack.split("/") if part)
+
+
+@contextlib.contextmanager
+def surroundings(eqn: Any) -> Iterator[None]:
+    """Names and settings (compute type, metadata) under which an equation was traced."""
+    with contextlib.ExitStack() as stack:
+        for part in scope(eqn).split("/"):
+            if part:
+                stack.enter_context(jax.named_scope(part))
+        stack.enter_context(eqn.ctx.manager)
+        yield
+
+
+def evaluate(eqn: Any, values: list[Any]) -> list[Any]:
+    """One equation on values, by the public evaluator: its own derivative rules stay in force."""
+    # One variable per operand: an array that is used twice may have been changed in one place.
+    operands = [v if isinstance(v, jec.Literal) else jec.Var(v.aval) for v in eqn.invars]
+    variables = [v for v in operands if not isinstance(v, jec.Literal)]
+    given = [x for v, x in zip(operands, values, strict=True) if not isinstance(v, jec.Literal)]
+    one = eqn.replace(invars=operands)
+    info = jec.DebugInfo("walk", eqn.primitive.name, None, None)
+    jaxpr = jec.Jaxpr([], variables, list(eqn.outvars), [one], eqn.effects, info)
+    return jec.jaxpr_as_fun(jec.ClosedJaxpr(jaxpr, []))(*given)

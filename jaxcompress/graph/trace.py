@@ -1,0 +1,173 @@
+"""Finds every contraction of a function, the parameters that feed it and what it costs."""
+
+import math
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.graph import flow, macs
+from jaxcompress.graph.follow import Found, follow
+from jaxcompress.graph.sites import Graph, Site, Tap, shape_dtype, size
+
+
+class Program(NamedTuple):
+    """A traced function: what `trace` reports and `walk` evaluates again.
+
+    Attributes:
+      closed: the closed jaxpr.
+      graph: what was found in it.
+      places: the taps of the equation at each place, a path of equation and body numbers.
+      unreachable: name of a site that `walk` cannot reach -> where it is.
+    """
+
+    closed: Any
+    graph: Graph
+    places: dict[tuple[int, ...], tuple[Tap, ...]]
+    unreachable: dict[str, str]
+
+
+def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
+    """Lists all contractions of `fn(params, *inputs)`, each with the parameters that feed it.
+
+    Nothing is computed or allocated: arrays may be `jax.ShapeDtypeStruct`s. A contraction is named
+    after a parameter leaf if its operand is that leaf up to views, casts and elementwise functions
+    of parameters and constants: masks, fake quantization, low-rank updates (their product is one of
+    `Graph.folds`). The parameter stays recognised where smaller inputs scale it, and in scans over
+    stacked layers. Contractions in `jit`, `scan`, `cond`, `while`, `remat`, `custom_jvp` and
+    `custom_vjp` are found; those elsewhere are listed in `Graph.unentered`. Code whose result is
+    not used is counted like any other.
+
+    Args:
+      fn: a pure function.
+      params: pytree of arrays, e.g. Linen variables, an NNX state, a filtered Equinox module.
+      *inputs: pytrees of arrays; parameters among them are not recognised as such.
+
+    Raises:
+      ValueError: a leaf of `params` is no array, or two leaves have one path.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+    >>> graph = trace(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((3, 4)))
+    >>> [(site.name, site.macs) for site in graph.sites]
+    [('up', 96), ('down', 48)]
+    """
+    return trace_program(fn, params, *inputs).graph
+
+
+def trace_program(fn: Callable[..., Any], params: Any, *inputs: Any) -> Program:
+    """As `trace`, with the jaxpr and the place of every tap."""
+    leaves = _param_leaves(params)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    found: list[Found] = []
+    variables = closed.jaxpr.invars
+    origins = [
+        flow.leaf(path, v.aval) for path, v in zip(leaves, variables[: len(leaves)], strict=True)
+    ]
+    origins += [flow.data(v.aval) for v in variables[len(leaves) :]]
+    follow(closed.jaxpr, origins, found)
+    return _report(closed, out, leaves, found)
+
+
+def _param_leaves(params: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    leaves: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in leaves_with_paths(params):
+        is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        if not is_array and not isinstance(leaf, bool | int | float | complex):
+            raise ValueError(
+                f"params: leaf {path!r} must be an array, got {type(leaf).__name__}; split static "
+                "fields off first (nnx.split, equinox.partition)"
+            )
+        if path in leaves:
+            raise ValueError(f"params: two leaves have the path {path!r}; rename one")
+        leaves[path] = shape_dtype(leaf)
+    return leaves
+
+
+def _report(
+    closed: Any, out: Any, leaves: dict[str, jax.ShapeDtypeStruct], found: list[Found]
+) -> Program:
+    sites, folds, taps, trips, used = [], [], [], [], set()
+    places, unreachable, unentered = {}, {}, []
+    names, fold_names, conds = set(), set(), {}
+    for item in found:
+        base = _base_name(item, leaves)
+        if item.unentered:
+            unentered.append(f"{item.unentered}: {base}")
+            unreachable.setdefault(base, item.unentered)
+            continue
+        is_site = any(item.active)
+        name = _unique(base, names if is_site else fold_names)
+        site = _site(item, name, conds)
+        if not is_site:
+            folds.append(site)
+            continue
+        sites.append(site)
+        used.update(site.params)
+        places[item.place] = _taps(site, item.active)
+        taps.extend(places[item.place])
+        if item.in_while:
+            trips.append(name)
+    graph = Graph(
+        sites=tuple(sites),
+        taps=tuple(taps),
+        folds=tuple(folds),
+        out=jax.tree.map(shape_dtype, out),
+        params=MappingProxyType(leaves),
+        unused=tuple(path for path in leaves if path not in used),
+        unknown_trips=tuple(trips),
+        unentered=tuple(unentered),
+    )
+    return Program(closed, graph, places, unreachable)
+
+
+def _base_name(item: Found, leaves: dict[str, jax.ShapeDtypeStruct]) -> str:
+    weights = set().union(
+        *(o.params for o, active in zip(item.origins, item.active, strict=True) if not active)
+    )
+    # The largest leaf: scales and steps are smaller than what they scale; then floats before masks.
+    largest = max(
+        (path for path in leaves if path in weights),
+        key=lambda p: (size(leaves[p]), jnp.issubdtype(leaves[p].dtype, jnp.inexact)),
+        default="",
+    )
+    return largest or item.scope or item.eqn.primitive.name
+
+
+def _unique(base: str, taken: set[str]) -> str:
+    name, repeat = base, 0
+    while name in taken:
+        repeat += 1
+        name = f"{base}#{repeat}"
+    taken.add(name)
+    return name
+
+
+def _site(item: Found, name: str, conds: dict[tuple[int, ...], int]) -> Site:
+    eqn, origins = item.eqn, item.origins
+    weights = [i for i in (0, 1) if not item.active[i] and origins[i].params]
+    counts = macs.count(eqn)
+    lhs, rhs = (shape_dtype(v.aval) for v in eqn.invars)
+    return Site(
+        name=name,
+        primitive=eqn.primitive.name,
+        params=tuple(sorted(set().union(*(origins[i].params for i in weights)))),
+        weight=weights[-1] if weights else None,
+        calls=math.prod(item.loops),
+        operands=(lhs, rhs),
+        out=shape_dtype(eqn.outvars[0].aval),
+        macs=counts.dense,
+        valid_macs=counts.valid,
+        config=MappingProxyType(dict(eqn.params)),
+        loops=item.loops,
+        branches=tuple((conds.setdefault(at, len(conds)), branch) for at, branch in item.branches),
+    )
+
+
+def _taps(site: Site, active: tuple[bool, bool]) -> tuple[Tap, ...]:
+    if all(active):
+        return Tap(site, 0, f"{site.name}/lhs"), Tap(site, 1, f"{site.name}/rhs")
+    return (Tap(site, active.index(True), site.name),)

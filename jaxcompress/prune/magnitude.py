@@ -1,0 +1,136 @@
+"""Magnitude pruning: the weights nearest to zero go first."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
+from jaxcompress.core.compressor import Compressor, CompressState, at_path, is_float_array
+from jaxcompress.core.packed import mask_leaf
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.select import keep_count, top_k_mask, top_k_masks
+from jaxcompress.prune.schedules import as_schedule
+
+
+class PruneState(NamedTuple):
+    """Masks with the params' structure (True keeps; 0-d True: the leaf is dense), and the step."""
+
+    masks: Any
+    step: Array  # int32 []
+
+
+def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Compressor:
+    """Zeroes the share `sparsity` of the weights with the smallest |w|, exactly.
+
+    In a leaf of N weights (or in all of them together) round((1 - sparsity) * N) are kept; ties
+    keep the lower flat index. Masks are renewed by `update` where the schedule fires.
+
+    Args:
+      sparsity: a number, `cubic(...)`, or any Optax schedule step -> sparsity; may be traced.
+      scope: "layer": the share holds in every leaf; "global": over all leaves together.
+      min_ndim: leaves with fewer axes (biases, norms) stay dense, and so do integers.
+
+    Raises:
+      ValueError: a scope of another name, a sparsity outside [0, 1]; (at init, eager) NaN in a
+        leaf, with its path.
+
+    Source: Han et al. 2015, arXiv 1506.02626; Zhu and Gupta 2017, arXiv 1710.01878.
+
+    >>> comp = magnitude(0.5)
+    >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, -2.0]]), "bias": jnp.zeros(2)}
+    >>> print(comp.apply(params, comp.init(params))["kernel"])
+    [[ 3.  0.]
+     [ 0. -2.]]
+    """
+    if scope not in ("layer", "global"):
+        raise ValueError(f'scope must be "layer" or "global", got {scope!r}')
+    schedule = as_schedule(sparsity)
+
+    def prunable(w):
+        return is_float_array(w) and len(w.shape) >= min_ndim
+
+    def masks_of(params, step):
+        leaves, treedef = jax.tree.flatten(params)
+        chosen = [i for i, w in enumerate(leaves) if prunable(w)]
+        scores = [jnp.abs(leaves[i]) for i in chosen]
+        share = getattr(schedule, "sparsity", None)
+        share = share if isinstance(share, int | float) else schedule(step)
+        if scope == "layer":
+            found = [top_k_mask(s, keep_count(s.size, share)) for s in scores]
+        else:
+            found = top_k_masks(scores, keep_count(sum(s.size for s in scores), share))
+        masks = [jnp.ones((), bool) for _ in leaves]
+        for i, mask in zip(chosen, found, strict=True):
+            masks[i] = mask
+        return treedef.unflatten(masks)
+
+    def init(params):
+        for path, w in leaves_with_paths(params):
+            with at_path(path):
+                if prunable(w):
+                    _refuse_nan(w)
+        step = jnp.zeros((), jnp.int32)
+        return CompressState(buffers=PruneState(masks_of(params, step), step))
+
+    def apply(params, state):
+        return jax.tree.map(_hide, params, state.buffers.masks)
+
+    @jax.jit  # so that an eager loop of updates compiles once
+    def renew(params, state):
+        step = state.step + 1
+        masks = jax.lax.cond(
+            schedule.fires(step), lambda: masks_of(params, step), lambda: state.masks
+        )
+        return PruneState(masks, step)
+
+    def update(params, state, *, grads=None, **extra):
+        del grads, extra
+        return state._replace(buffers=renew(params, state.buffers))
+
+    def pack(params, state):
+        return jax.tree.map(_pack_leaf, params, state.buffers.masks)
+
+    return Compressor(init, apply, update, pack)
+
+
+def _refuse_nan(w):
+    if not isinstance(w, Tracer | jax.ShapeDtypeStruct) and bool(jnp.any(jnp.isnan(w))):
+        raise ValueError("a weight to prune must not be NaN")
+
+
+def _is_dense(w, mask) -> bool:
+    return mask.ndim == 0 and getattr(w, "ndim", 0) > 0
+
+
+def _hide(w, mask):
+    if not is_float_array(w) or _is_dense(w, mask):
+        return w
+    return jnp.where(mask, w, jnp.zeros((), w.dtype))
+
+
+def _pack_leaf(w, mask):
+    return w if _hide(w, mask) is w else mask_leaf(mask, _hide(w, mask))
+
+
+def masks(state: CompressState, params: Any) -> Any:
+    """The masks of all pruning in a state (chains and rules included), with params' structure.
+
+    A leaf that nothing prunes gets a 0-d True; where several prune, their masks are joined.
+    """
+    found: dict[str, Array] = {}
+    is_prune = lambda node: isinstance(node, PruneState)
+    for node in jax.tree.leaves(state.buffers, is_leaf=is_prune):
+        if is_prune(node):
+            for path, mask in leaves_with_paths(node.masks):
+                found[path] = found[path] & mask if path in found else mask
+    named = [found.get(path, jnp.ones((), bool)) for path, _ in leaves_with_paths(params)]
+    return jax.tree.structure(params).unflatten(named)
+
+
+def sparsity_of(params: Any) -> float:
+    """Share of exact zeros among the floating point leaves with two axes or more (eager)."""
+    leaves = [w for w in jax.tree.leaves(params) if is_float_array(w) and w.ndim >= 2]
+    zeros = sum(int(jnp.sum(w == 0)) for w in leaves)
+    return zeros / max(sum(w.size for w in leaves), 1)

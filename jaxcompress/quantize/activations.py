@@ -1,0 +1,133 @@
+"""Activations on a grid: statistics and fake quantization of every contraction's input."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.core.packed import Grid
+from jaxcompress.core.paths import near_misses
+from jaxcompress.formats import Format, Granularity
+from jaxcompress.graph import Tap, trace, walk
+from jaxcompress.quantize.calibrate import Calibrator, min_max, refuse_non_finite
+
+_TENSOR = Granularity()
+
+
+class ActivationQuantizer(NamedTuple):
+    """Quantizes what enters the contractions of `apply_fn`, without touching the model.
+
+    `stats` is {tap name: statistics}; inside a scan they have one row per layer.
+
+    Attributes:
+      init: (params, *inputs) -> empty stats.
+      observe: (stats, params, *inputs) -> stats; one jitted pass over a batch.
+      grids: stats -> {tap name: Grid}: what ships beside the packed weights.
+      apply: (grids, params, *inputs) -> outputs with fake-quantized activations.
+      train: (stats, params, *inputs) -> (outputs, stats): observes and fake-quantizes in one pass.
+    """
+
+    init: Callable[..., dict[str, Any]]
+    observe: Callable[..., dict[str, Any]]
+    grids: Callable[[dict[str, Any]], dict[str, Grid]]
+    apply: Callable[..., Any]
+    train: Callable[..., tuple[Any, dict[str, Any]]]
+
+
+def with_activations(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """(grids, params, *inputs) -> outputs: `apply_fn` with the activations of the taps in `grids`
+    ({tap name: Grid}, as a quantizer or a packed file gives them) on their grids."""
+    walked = walk(apply_fn, lambda tap, x, grid: (grid.snap(x), grid))
+    return lambda grids, params, *inputs: walked(grids, params, *inputs)[0]
+
+
+def _chosen(taps: tuple[Tap, ...], sites: str) -> list[Tap]:
+    chosen = [tap for tap in taps if re.fullmatch(sites, tap.name)]
+    if not chosen:
+        names = [tap.name for tap in taps]
+        raise ValueError(
+            f"sites={sites!r} matches no contraction; nearest: "
+            f"{', '.join(near_misses(sites, names) or names[:3]) or 'there are none'}"
+        )
+    return chosen
+
+
+def activations(
+    apply_fn: Callable[..., Any],
+    format: Format,
+    *,
+    calibrate: Calibrator | None = None,
+    sites: str = ".*",
+) -> ActivationQuantizer:
+    """One scale per tensor for the activation operands of every dense layer and convolution.
+
+    Args:
+      apply_fn: pure, (params, *inputs) -> outputs; Linen, NNX, Equinox or plain.
+      format: e.g. `formats.integer(8, symmetric=False)`.
+      calibrate: how the range is found, default `min_max()`.
+      sites: regex on the names of the contractions (the path of the weight they use).
+
+    Raises:
+      ValueError: (at init) `sites` matches nothing; (from `grids`) NaN or Inf was seen.
+    """
+    calibrate = calibrate or min_max()
+
+    def fresh(tap):
+        shape = _TENSOR.scale_shape(tap.aval.shape)
+        state = calibrate.init(shape)
+        for length in reversed(tap.site.loops):
+            state = jax.tree.map(lambda s, n=length: jnp.broadcast_to(s, (n, *s.shape)), state)
+        return state
+
+    def init(params, *inputs):
+        chosen = _chosen(trace(apply_fn, params, *inputs).taps, sites)
+        return {tap.name: fresh(tap) for tap in chosen}
+
+    def see(x, state):
+        return calibrate.update(state, x, axes=tuple(range(x.ndim)), where=None)
+
+    def place(x, state):
+        return Grid(format.qparams(*calibrate.range(state), dtype=x.dtype), format).snap(x)
+
+    def visit_train(tap, x, state):
+        # Ranges are statistics: no gradient flows into them.
+        state = see(jax.lax.stop_gradient(x), state)
+        return place(x, state), state
+
+    observing = walk(apply_fn, lambda tap, x, state: (x, see(x, state)))
+    training = walk(apply_fn, visit_train)
+
+    def grids(stats):
+        found = {}
+        for name, state in stats.items():
+            low, high = calibrate.range(state)
+            refuse_non_finite(f"activations of {name!r}", low, high)
+            found[name] = Grid(format.qparams(low, high), format)
+        return found
+
+    return ActivationQuantizer(
+        init=init,
+        observe=jax.jit(lambda stats, params, *inputs: observing(stats, params, *inputs)[1]),
+        grids=grids,
+        apply=with_activations(apply_fn),
+        train=training,
+    )
+
+
+def calibrate_activations(
+    quantizer: ActivationQuantizer, params: Any, batches: Iterable[tuple[Any, ...]]
+) -> dict[str, Grid]:
+    """The grids of a quantizer from batches of inputs (each a tuple, as after `params`).
+
+    Raises:
+      ValueError: no batch; NaN or Inf in an activation, with the contraction's name.
+    """
+    stats = None
+    for inputs in batches:
+        stats = quantizer.init(params, *inputs) if stats is None else stats
+        stats = quantizer.observe(stats, params, *inputs)
+    if stats is None:
+        raise ValueError("batches is empty: calibration needs at least one batch of inputs")
+    return quantizer.grids(stats)

@@ -1,0 +1,15 @@
+"""Training: one state, one step."""
+
+from jaxcompress.train.state import Trainable, TrainState, create
+from jaxcompress.train.step import cross_entropy, hinton_loss, make_step, number_at, stateless
+
+__all__ = [
+    "TrainState",
+    "Trainable",
+    "create",
+    "cross_entropy",
+    "hinton_loss",
+    "make_step",
+    "number_at",
+    "stateless",
+]

@@ -1,0 +1,78 @@
+"""All that training changes, as one pytree."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcompress.core.compressor import Compressor, CompressState
+
+
+class Trainable(NamedTuple):
+    """What Optax updates: the params, and what the compressor learns beside them."""
+
+    params: Any
+    learned: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """The donated argument of a train step; `()` is what is absent.
+
+    Attributes:
+      step: int32, optimizer steps done.
+      params: the dense float parameters.
+      compress: state of the compressor (masks, scales, learned steps).
+      opt: state of the Optax optimizer, over `Trainable`.
+      model_state: what the forward pass changes (BatchNorm statistics).
+      activations: range statistics of the activation quantizer.
+      distill: state of distillation losses (projectors, memories).
+      ema: moving average of the params.
+    """
+
+    step: jax.Array
+    params: Any
+    compress: CompressState
+    opt: Any
+    model_state: Any = ()
+    activations: Any = ()
+    distill: Any = ()
+    ema: Any = ()
+
+    def replace(self, **changes: Any) -> "TrainState":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def create(
+    params: Any,
+    recipe: Compressor,
+    tx: optax.GradientTransformation,
+    *,
+    model_state: Any = (),
+    activations: Any = (),
+    distill: Any = (),
+    with_ema: bool = False,
+) -> TrainState:
+    """The state at step 0; the params are copied, since the step donates its state.
+
+    >>> from jaxcompress.core import identity
+    >>> state = create({"w": jnp.ones(2)}, identity(), optax.sgd(0.1))
+    >>> int(state.step), state.compress.learned
+    (0, ())
+    """
+    params = jax.tree.map(jnp.array, params)
+    compress = jax.tree.map(jnp.array, recipe.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        compress=compress,
+        opt=tx.init(Trainable(params, compress.learned)),
+        model_state=jax.tree.map(jnp.array, model_state),
+        activations=jax.tree.map(jnp.array, activations),
+        distill=jax.tree.map(jnp.array, distill),
+        ema=jax.tree.map(jnp.array, params) if with_ema else (),
+    )

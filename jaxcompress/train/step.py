@@ -1,0 +1,129 @@
+"""One jitted, donated train step in which teacher, masks, quantizers and schedules compose."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcompress.core.compressor import Compressor, identity
+from jaxcompress.distill.logits import kd
+from jaxcompress.prune.magnitude import masks as find_masks
+from jaxcompress.quantize.activations import ActivationQuantizer
+from jaxcompress.train.state import Trainable, TrainState
+
+Number = Any  # a Python number, a traced scalar, or a schedule step -> number
+
+
+def number_at(value: Number, step: jax.Array) -> jax.Array:
+    """A hyper-parameter at a step, float32: a number as it is, a schedule called."""
+    return jnp.asarray(value(step) if callable(value) else value, jnp.float32)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of [B, classes] logits with [B] integer labels, in float32."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    return jnp.mean(losses)
+
+
+def hinton_loss(
+    *, temperature: Number = 4.0, kd_weight: Number = 0.9, ce_weight: Number = 0.1
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """ce_weight * cross-entropy + kd_weight * KD, for `make_step`; numbers may be schedules.
+
+    Returns a loss (outputs, labels, teacher_outputs, step) -> (scalar, metrics). Without a
+    teacher (outputs None) only the cross-entropy counts, with weight 1.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531; weights as in its usual CIFAR recipes.
+    """
+
+    def loss(outputs, labels, teacher_outputs, step):
+        ce = cross_entropy(outputs, labels)
+        if teacher_outputs is None:
+            return ce, {"cross_entropy": ce}
+        soft = kd(outputs, teacher_outputs, temperature=number_at(temperature, step))
+        total = number_at(ce_weight, step) * ce + number_at(kd_weight, step) * soft
+        return total, {"cross_entropy": ce, "kd": soft}
+
+    return loss
+
+
+def stateless(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """A forward for `make_step` from apply_fn(params, inputs): the model state stays as it is."""
+    return lambda params, model_state, inputs: (apply_fn(params, inputs), model_state)
+
+
+def make_step(
+    forward: Callable[..., tuple[Any, Any]],
+    tx: optax.GradientTransformation,
+    *,
+    recipe: Compressor | None = None,
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None,
+    teacher: Callable[[Any, Any], Any] | None = None,
+    activations: ActivationQuantizer | None = None,
+    ema_decay: float | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds step(state, teacher_params, (inputs, labels)) -> (state, metrics), jitted.
+
+    In order: the recipe's `update` (schedules, masks, scales), the view, the forward pass with
+    quantized activations, the loss against the teacher, the optimizer, the moving average. The
+    state is donated, the teacher is not; metrics stay on the device. Everything that changes
+    from step to step is traced, so that training compiles once.
+
+    Args:
+      forward: (params, model_state, inputs) -> (outputs, model_state); see `stateless`.
+      tx: any optimizer; `prune.masked_optimizer(tx)` keeps pruned weights exactly zero.
+      recipe: how params are compressed; default `identity()`.
+      loss: (outputs, labels, teacher_outputs, step) -> (scalar, metrics); default
+        `hinton_loss()`.
+      teacher: (teacher_params, inputs) -> outputs; None: no teacher, pass () for its params.
+      activations: built on (params, inputs) -> outputs of the same network; it then replaces
+        `forward`, and model state does not change.
+      ema_decay: decay of `state.ema` (create it with `with_ema=True`).
+    """
+    recipe = recipe or identity()
+    loss = loss or hinton_loss()
+    tx = optax.with_extra_args_support(tx)
+
+    def objective(trainable, state, teacher_params, inputs, labels):
+        view = recipe.apply(trainable.params, state.compress._replace(learned=trainable.learned))
+        if activations is None:
+            outputs, model_state = forward(view, state.model_state, inputs)
+            statistics = state.activations
+        else:
+            outputs, statistics = activations.train(state.activations, view, inputs)
+            model_state = state.model_state
+        known = None
+        if teacher is not None:
+            known = jax.lax.stop_gradient(teacher(teacher_params, inputs))
+        value, metrics = loss(outputs, labels, known, state.step)
+        return value, (metrics, model_state, statistics)
+
+    def step(state: TrainState, teacher_params: Any, batch: tuple[Any, Any]):
+        inputs, labels = batch
+        state = state.replace(compress=recipe.update(state.params, state.compress))
+        trainable = Trainable(state.params, state.compress.learned)
+        (value, (metrics, model_state, statistics)), grads = jax.value_and_grad(
+            objective, has_aux=True
+        )(trainable, state, teacher_params, inputs, labels)
+        kept = Trainable(
+            find_masks(state.compress, state.params),
+            jax.tree.map(lambda _: jnp.ones((), bool), trainable.learned),
+        )
+        updates, opt = tx.update(grads, state.opt, trainable, masks=kept)
+        new: Any = optax.apply_updates(trainable, updates)
+        state = state.replace(
+            step=state.step + 1,
+            params=new.params,
+            compress=state.compress._replace(learned=new.learned),
+            opt=opt,
+            model_state=model_state,
+            activations=statistics,
+        )
+        if ema_decay is not None:
+            ema = optax.incremental_update(state.params, state.ema, 1.0 - ema_decay)
+            state = state.replace(ema=ema)
+        return state, {"loss": value, **metrics}
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,176 @@
+"""Packed files: exact sizes, exact contents, strict reading, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from _trees import bits_equal, small_tree
+
+import jaxcompress as jc
+from jaxcompress.export import load, save
+from jaxcompress.formats import fixed_point, integer
+
+w = jc.quantize.weights
+RECIPES = {
+    "plain": jc.identity(),
+    "int3": w(integer(3), axis=-1),
+    "uint4_groups": w(integer(4, symmetric=False), axis=-1, group=5),
+    "int8_full": w(integer(8, narrow=False)),
+    "q1.10": w(fixed_point(1, 10)),
+    "sparse": jc.prune.magnitude(0.9),
+    "sparse_int4": jc.chain(jc.prune.magnitude(0.8, scope="global"), w(integer(4), axis=0)),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_round_trip_and_exact_bytes(tmp_path, recipe, dtype):
+    params = small_tree(dtype)
+    comp = RECIPES[recipe]
+    state = comp.init(params)
+    packed = comp.pack(params, state)
+    size = save(tmp_path / "p.safetensors", packed, metadata={"model": "small"})
+    assert size.payload_bytes == jc.packed_bytes(packed)
+    assert size.file_bytes == os.path.getsize(tmp_path / "p.safetensors")
+    assert size.file_bytes == size.header_bytes + size.payload_bytes
+    loaded, grids, metadata = load(tmp_path / "p.safetensors")
+    assert not grids and metadata == {"model": "small"}
+    assert bits_equal(loaded, packed)
+    assert bits_equal(jc.unpack(loaded), comp.apply(params, state))
+
+
+def test_the_format_s_own_reader_reads_it(tmp_path):
+    params = small_tree()
+    packed = w(integer(4)).pack(params, w(integer(4)).init(params))
+    save(tmp_path / "p.safetensors", packed)
+    arrays = safetensors.numpy.load_file(tmp_path / "p.safetensors")
+    np.testing.assert_array_equal(arrays["dense/kernel.codes"], packed["dense"]["kernel"].codes)
+    np.testing.assert_array_equal(arrays["steps"], params["steps"])
+
+
+def test_like_gives_lists_and_single_arrays_back(tmp_path):
+    tree = [jnp.ones((3, 4)), (jnp.zeros(2), jnp.ones((4, 4)))]
+    save(tmp_path / "a", tree)
+    assert bits_equal(load(tmp_path / "a", like=tree)[0], tree)
+    save(tmp_path / "b", tree[0])
+    assert bits_equal(load(tmp_path / "b")[0], tree[0])
+    with pytest.raises(ValueError, match="no leaf 'kernel'"):
+        load(tmp_path / "a", like={"kernel": 0})
+
+
+def test_fresh_process_reads_it_without_the_models_code(tmp_path):
+    params = small_tree()
+    comp = RECIPES["sparse_int4"]
+    state = comp.init(params)
+    save(tmp_path / "p", comp.pack(params, state))
+    code = (
+        "import sys, jaxcompress as jc, numpy as np;"
+        "tree = jc.unpack(jc.export.load(sys.argv[1]).params);"
+        "print(np.asarray(tree['dense']['kernel']).tobytes().hex())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "p")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    view = comp.apply(params, state)
+    assert run.stdout.strip() == np.asarray(view["dense"]["kernel"]).tobytes().hex()
+
+
+def _rewrite_header(raw, change):
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+
+
+def _set(*keys, value):
+    def change(header):
+        for key in keys[:-1]:
+            header = header[key]
+        header[keys[-1]] = value
+
+    return change
+
+
+DAMAGE = {
+    "empty": (lambda raw: b"", "truncated"),
+    "cut length": (lambda raw: raw[:5], "truncated"),
+    "cut header": (lambda raw: raw[:60], "truncated"),
+    "cut data": (lambda raw: raw[:-3], "truncated"),
+    "more data": (lambda raw: raw + b"xx", "2 bytes follow"),
+    "flipped data": (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "checksum"),
+    "not JSON": (lambda raw: raw[:8] + b"\x00" * 40 + raw[48:], "not JSON"),
+    "huge header": (lambda raw: (2**60).to_bytes(8, "little") + raw[8:], "truncated or not"),
+    "huge shape": (
+        lambda raw: _rewrite_header(raw, _set("steps", "shape", value=[2**47, 2**47])),
+        "does not lie where its shape says",
+    ),
+    "negative shape": (
+        lambda raw: _rewrite_header(raw, _set("steps", "shape", value=[-3])),
+        "impossible sizes",
+    ),
+    "unknown dtype": (
+        lambda raw: _rewrite_header(raw, _set("steps", "dtype", value="I3")),
+        "malformed",
+    ),
+    "newer": (
+        lambda raw: _rewrite_header(raw, _set("__metadata__", "jaxcompress", value="9")),
+        "scheme version 9, this program reads 1",
+    ),
+    "wrong scheme": (
+        lambda raw: _rewrite_header(
+            raw, _set("__metadata__", "leaf:dense/kernel", value="int4|||24x99|float32")
+        ),
+        "dense/kernel: its parts do not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused(tmp_path, damage):
+    params = small_tree()
+    comp = RECIPES["sparse_int4"]
+    save(tmp_path / "p", comp.pack(params, comp.init(params)))
+    harm, message = DAMAGE[damage]
+    (tmp_path / "p").write_bytes(harm((tmp_path / "p").read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path / "p")
+    assert str(tmp_path / "p") in str(error.value)
+
+
+def test_nothing_half_written_stays(tmp_path, monkeypatch):
+    save(tmp_path / "p", {"a": jnp.ones(3)})
+    before = (tmp_path / "p").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path / "p", {"a": jnp.zeros(3)})
+    assert (tmp_path / "p").read_bytes() == before and os.listdir(tmp_path) == ["p"]
+    with pytest.raises(ValueError, match="metadata key 'crc32' is taken"):
+        save(tmp_path / "q", {"a": jnp.ones(3)}, metadata={"crc32": "x"})
+
+
+def test_grids_of_activations_round_trip(tmp_path):
+    low, high = jnp.full((3, 1, 1), -1.0), jnp.linspace(1.0, 2.0, 3).reshape(3, 1, 1)
+    formats = {"a/kernel": integer(8, symmetric=False), "b": integer(4), "c/lhs": fixed_point(2, 5)}
+    grids = {name: jc.core.Grid(f.qparams(low, high), f) for name, f in formats.items()}
+    size = save(tmp_path / "p", {"w": jnp.ones(3)}, activations=grids)
+    assert size.payload_bytes == 12 + 3 * 4 + 3 + 3 * 4
+    assert bits_equal(load(tmp_path / "p").activations, grids)
+
+
+def test_zero_size_and_scalars(tmp_path):
+    tree = {"none": jnp.zeros((0, 3)), "one": jnp.float32(2.5), "flag": jnp.ones((), bool)}
+    comp = w(integer(8))
+    packed = comp.pack(tree, comp.init(tree))
+    save(tmp_path / "p", packed)
+    back = jax.tree.map(np.asarray, jc.unpack(load(tmp_path / "p")[0]))
+    assert back["none"].shape == (0, 3) and back["one"] == np.float32(2.5) and back["flag"]

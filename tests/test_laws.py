@@ -1,0 +1,199 @@
+"""The laws that every Compressor obeys; add each new method to REGISTRY.
+
+1 the view keeps structure, shapes, dtypes      6 jit == eager
+2 unpack(pack(p, s)) == apply(p, s), bit for bit 7 apply is idempotent
+3 update keeps the state's avals                 8 shardings are kept
+4 update never touches `learned`                 9 packed bytes are the predicted bytes
+5 eval_shape(init) agrees with init
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _trees import avals, bits_equal, small_tree
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxcompress as jc
+from jaxcompress.formats import fixed_point, granularity, integer, predicted_bytes
+
+
+class Case(NamedTuple):
+    make: Callable[[], jc.Compressor]
+    # What a leaf of a shape weighs when packed densely: (format, axis, group), or None for floats.
+    stored: Callable[[str], tuple | None] = lambda path: None
+    breaks: dict[int, str] = {}  # law -> why the method breaks it by its definition
+
+
+def _everywhere(*spec):
+    return lambda path: spec
+
+
+def _kernels(*spec):
+    return lambda path: spec if path.endswith("kernel") else None
+
+
+def _weights(format, axis=None, group=None):
+    return Case(
+        lambda: jc.quantize.weights(format, axis=axis, group=group),
+        _everywhere(format, axis, group),
+    )
+
+
+def _recipe(*, first, scope):
+    prune = jc.prune.magnitude(jc.prune.cubic(0.3, 0.8, start=0, end=4), scope=scope)
+    quant = jc.by_path(
+        {".*kernel": jc.quantize.weights(integer(4), axis=-1)}, default=jc.identity()
+    )
+    return jc.chain(prune, quant) if first == "prune" else jc.chain(quant, prune)
+
+
+REGISTRY = {
+    "identity": Case(jc.identity),
+    **{f"int{b}": _weights(integer(b)) for b in range(1, 9)},
+    "int8_full": _weights(integer(8, narrow=False)),
+    "int4_channel": _weights(integer(4), -1),
+    "int3_first_axis": _weights(integer(3), 0),
+    "int4_group_ragged": _weights(integer(4), -1, 7),
+    "int8_group_middle_axis": _weights(integer(8), 0, 5),
+    "uint8": _weights(integer(8, symmetric=False)),
+    "uint3_channel": _weights(integer(3, symmetric=False), -1),
+    "uint4_group": _weights(integer(4, symmetric=False), -1, 8),
+    "q2.5": _weights(fixed_point(2, 5)),
+    "q0.2": _weights(fixed_point(0, 2)),
+    "q3.9": _weights(fixed_point(3, 9)),
+    "magnitude_layer": Case(lambda: jc.prune.magnitude(0.6)),
+    "magnitude_global": Case(lambda: jc.prune.magnitude(0.6, scope="global")),
+    "magnitude_cubic": Case(lambda: jc.prune.magnitude(jc.prune.cubic(0.2, 0.9, start=1, end=3))),
+    "magnitude_all": Case(lambda: jc.prune.magnitude(1.0)),
+    "by_path": Case(
+        lambda: jc.by_path(
+            {
+                "dense/kernel": jc.quantize.weights(integer(2), axis=-1),
+                "conv/.*": jc.prune.magnitude(0.5),
+            },
+            default=jc.identity(),
+        ),
+        lambda path: (integer(2), -1, None) if path == "dense/kernel" else None,
+    ),
+    "partition": Case(
+        lambda: jc.partition(
+            lambda p: jax.tree.map(lambda x: "matrix" if jnp.ndim(x) > 1 else "rest", p),
+            {
+                "matrix": jc.chain(
+                    jc.prune.magnitude(0.5, scope="global"), jc.quantize.weights(integer(8))
+                ),
+                "rest": jc.identity(),
+            },
+        ),
+        lambda path: (integer(8), None, None) if "kernel" in path or path == "empty" else None,
+    ),
+    "prune_then_quantize": Case(
+        lambda: _recipe(first="prune", scope="global"), _kernels(integer(4), -1, None)
+    ),
+    "quantize_then_prune": Case(
+        lambda: _recipe(first="quantize", scope="layer"), _kernels(integer(4), -1, None)
+    ),
+}
+
+
+@pytest.fixture(params=REGISTRY)
+def case(request):
+    return REGISTRY[request.param]
+
+
+@pytest.fixture(params=[jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+def _some_updates(comp, params, state, steps=3):
+    for _ in range(steps):
+        params = jax.tree.map(lambda w: w * 9 // 10 if w.dtype == jnp.int32 else w * 0.9, params)
+        state = comp.update(params, state, grads=params)
+    return params, state
+
+
+def _predicted(case, path, leaf):
+    spec = case.stored(path) if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+    if spec is None:
+        return math.prod(leaf.shape) * leaf.dtype.itemsize, leaf.dtype.itemsize * 8, 0
+    format, axis, group = spec
+    where = granularity(axis, group)
+    scales = math.prod(where.scale_shape(leaf.shape)) * format.scale_bytes
+    return predicted_bytes(leaf.shape, format, where), format.bits, scales
+
+
+def test_laws_of_values(case, dtype):
+    comp, params = case.make(), small_tree(dtype)
+    state = comp.init(params)
+    params, state = _some_updates(comp, params, state)
+    view = comp.apply(params, state)
+    assert avals(view) == avals(params)  # 1
+    packed = comp.pack(params, state)
+    assert bits_equal(jc.unpack(packed), view)  # 2
+    assert bits_equal(jax.jit(jc.unpack)(packed), view)
+    assert bits_equal(jax.jit(comp.apply)(params, state), view)  # 6
+    if 7 not in case.breaks:
+        assert bits_equal(comp.apply(view, state), view)  # 7
+
+
+def test_laws_of_state(case, dtype):
+    comp, params = case.make(), small_tree(dtype)
+    state = comp.init(params)
+    assert avals(jax.eval_shape(comp.init, params)) == avals(state)  # 5
+    new = comp.update(params, state, grads=params)
+    assert avals(new) == avals(state)  # 3
+    assert bits_equal(new.learned, state.learned)  # 4
+    jitted = jax.jit(comp.update)(params, state)
+    assert bits_equal(jitted, comp.update(params, state))  # 6
+    # 3, as a scan would use it
+    final, _ = jax.lax.scan(lambda s, _: (comp.update(params, s), None), state, length=2)
+    assert avals(final) == avals(state)
+
+
+def test_law_of_bytes(case, dtype):
+    comp, params = case.make(), small_tree(dtype)
+    state = comp.init(params)
+    view, packed = comp.apply(params, state), comp.pack(params, state)
+    leaves = jc.core.leaves_with_paths(packed, is_leaf=jc.core.is_packed)
+    for (path, leaf), w in zip(leaves, jax.tree.leaves(view), strict=True):
+        dense_bytes, bits, scale_bytes = _predicted(case, path, w)
+        nnz = int(np.count_nonzero(np.asarray(w)))
+        if isinstance(leaf, jc.Masked):  # one bit per element, and the codes of those kept
+            expected = -(-w.size // 8) + -(-leaf.nnz * bits // 8) + scale_bytes
+            assert nnz <= leaf.nnz and expected < dense_bytes
+        else:
+            expected = dense_bytes
+        assert jc.packed_bytes(leaf) == expected, path  # 9
+
+
+def test_law_of_shardings(case, dtype):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    comp, params = case.make(), small_tree(dtype)
+    state = comp.init(params)
+    where = {
+        "dense": {"kernel": ("d", None), "bias": ("d",)},
+        "conv": {"kernel": (None,) * 3 + ("d",)},
+    }
+    specs = {**where, "empty": (), "scalar": (), "steps": ()}
+    placed = jax.tree.map(
+        lambda w, spec: jax.device_put(w, NamedSharding(mesh, PartitionSpec(*spec))),
+        params,
+        specs,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    state_placed = jax.jit(comp.update)(placed, comp.init(placed))
+    assert bits_equal(
+        jax.device_get(state_placed), jax.device_get(jax.jit(comp.update)(params, state))
+    )
+    view = jax.jit(comp.apply)(placed, state_placed)
+    assert bits_equal(
+        jax.device_get(view), jax.device_get(comp.apply(params, comp.update(params, state)))
+    )
+    for w, v in zip(jax.tree.leaves(placed), jax.tree.leaves(view), strict=True):
+        assert v.sharding.is_equivalent_to(w.sharding, w.ndim)  # 8
