@@ -1,5 +1,6 @@
 """What ships: quantized and masked arrays as small as they claim, and the way back."""
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 
@@ -188,8 +190,8 @@ def dense(leaf: Any) -> Any:
 
 
 def _with_codes(leaf: QTensor, codes: Array) -> QTensor:
-    packed = pack_bits(codes if codes.ndim else codes.reshape(1), leaf.format.bits)
-    return QTensor(packed, leaf.qparams, leaf.format, leaf.granularity, leaf.shape, leaf.dtype)
+    codes = codes if codes.ndim else codes.reshape(1)
+    return dataclasses.replace(leaf, codes=pack_bits(codes, leaf.format.bits))
 
 
 def masked_bytes(nnz: int, dense_leaf: Any) -> int:
@@ -218,15 +220,15 @@ def mask_leaf(mask: Array, leaf: Any) -> Any:
             "pack of a pruned array needs the mask's values, which decide the size; "
             "call it outside jit and eval_shape"
         )
-    flat = jnp.broadcast_to(mask, leaf.shape).reshape(-1)
-    nnz = int(jnp.sum(flat))
+    # How many are kept is known on the host alone; there NumPy does not compile for each count.
+    flat = np.broadcast_to(np.asarray(mask), leaf.shape).reshape(-1)
+    nnz = int(flat.sum())
     if masked_bytes(nnz, leaf) >= packed_bytes(leaf):
         return leaf
-    index = jnp.flatnonzero(flat, size=nnz)
-    bitmask = pack_bits(flat.astype(jnp.uint8), 1)
+    bitmask = pack_bits(jnp.asarray(flat, jnp.uint8), 1)
     if isinstance(leaf, QTensor):
-        row = pack_bits(_codes(leaf).reshape(-1)[index], leaf.format.bits)
-        values = QTensor(row, leaf.qparams, leaf.format, leaf.granularity, leaf.shape, leaf.dtype)
+        codes = jnp.asarray(np.asarray(_codes(leaf)).reshape(-1)[flat])
+        values = dataclasses.replace(leaf, codes=pack_bits(codes, leaf.format.bits))
     else:
-        values = leaf.reshape(-1)[index]
+        values = jnp.asarray(np.asarray(leaf).reshape(-1)[flat])
     return Masked(bitmask, values, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, nnz)
