@@ -41,6 +41,7 @@ except ImportError as error:
     ) from error
 
 import jaxcompress
+from jaxcompress.export.files import replacing
 
 Row = dict[str, int | float | str | bool | None]
 
@@ -190,10 +191,5 @@ def commit(root: Path) -> str | None:
 def write_json(path: Path, row: Mapping[str, object]) -> None:
     """Writes `row` to `path`, whole or not at all; makes the folder if need be."""
     text = json.dumps(row, indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())

@@ -117,13 +117,13 @@ def main(args: Args, report: Report) -> dict[str, Any]:
     # Partial: grids and params are arguments of one compiled program, not constants in it.
     compressed_top1 = accuracy(report, "compressed", quantized, view, test_images, test_labels)
 
-    path = args.packed or Path("runs/compress") / f"{args.model}.safetensors"
-    size = jc.export.save(path, packed, activations=grids, metadata={"model": args.model})
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     before = jc.cost.estimate(apply_fn, params, image, device=device)
     after = jc.cost.estimate(apply_fn, packed, image, device=device, activations=grids or None)
     float32_bytes = jc.packed_bytes(variables)
     show(report, args, before, after)
+    path = args.packed or Path("runs/compress") / f"{args.model}.safetensors"
+    size = jc.export.save(path, packed, activations=grids, metadata={"model": args.model})
     report.console.print(f"{after.fits()}; wrote {path}")
     return {
         "model": args.model,

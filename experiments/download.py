@@ -1,14 +1,12 @@
 """Public files on disk: checked, never half written, and unpacked only where we say.
 
-`fetch` downloads one file, `extract` takes named members out of a tar archive, `replacing` is the
-temporary-name-then-rename on which both rest. The standard library does the work; a progress bar
-appears on standard error where `rich` is installed.
+`fetch` downloads one file, `extract` takes named members out of a tar archive. The standard library
+does the work; a progress bar appears on standard error where `rich` is installed.
 """
 
 import hashlib
 import http.client
 import importlib.util
-import os
 import tarfile
 import urllib.request
 import zlib
@@ -17,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from jaxcompress.export.files import replacing
 
 _CHUNK_BYTES = 1 << 18
 _TIMEOUT_S = 30.0
@@ -31,22 +31,6 @@ class Remote:
     url: str
     algorithm: str  # a name that hashlib.new knows: "md5", "sha256"
     digest: str
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path`, which takes its name only if the block ends well.
-
-    Readers see the old file or the whole new one; a failed block leaves nothing behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def verify(path: Path, remote: Remote) -> Path:

@@ -24,6 +24,7 @@ from experiments.data import Digits, load_digits_split
 from experiments.evaluate import top1
 from experiments.models import digits
 from experiments.training import batches, fit
+from jaxcompress.export.files import replacing
 
 BATCH = 64
 LEARNING_RATE = 4e-3
@@ -306,10 +307,12 @@ def draw(path: Path, rows: list[dict], history: list[tuple[int, float]], args: A
         left.plot(row["file_bytes"], row["top1_percent"], "o", markersize=9, label=row["network"])
     left.axvline(args.weight_bytes, color="0.5", linestyle="--", label="budget")
     left.set(xscale="log", xlabel="bytes on disk", ylabel="top-1 on 500 test images, %")
+    left.set_ylim(min(row["top1_percent"] for row in rows) - 2, 100.2)
     left.legend()
     right.plot(*zip(*history, strict=True))
     right.set(xlabel="step", ylabel="zeros among the weights", ylim=(0, 1))
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
 
 

@@ -60,6 +60,8 @@ def test_like_gives_lists_and_single_arrays_back(tmp_path):
     assert bits_equal(load(tmp_path / "a", like=tree)[0], tree)
     save(tmp_path / "b", tree[0])
     assert bits_equal(load(tmp_path / "b")[0], tree[0])
+    save(tmp_path / "c", {"params": tree[0]})
+    assert bits_equal(load(tmp_path / "c").params, {"params": tree[0]})
     with pytest.raises(ValueError, match="no leaf 'kernel'"):
         load(tmp_path / "a", like={"kernel": 0})
 

@@ -196,7 +196,7 @@ def test_calibrator_merges_shards_and_poisons_nan_under_jit():
         (lambda: formats.integer(0), "bits must be 1 to 8, got 0"),
         (lambda: formats.fixed_point(12, 8), "21 bits; the sum must be 1 to 16"),
         (lambda: formats.parse("int9"), "unknown format 'int9'; known: int1"),
-        (lambda: granularity(-1, 0), "group must be at least 1"),
+        (lambda: granularity(-1, 0), "group must be an integer of at least 1"),
         (
             lambda: fake_quant(jnp.ones((2, 2)), formats.integer(4), axis=2),
             "axis 2 is out of range",

@@ -18,6 +18,7 @@ import pytest
 from experiments import data, download
 from experiments.evaluate import top1
 from experiments.models import digits, pretrained, resnet_cifar
+from jaxcompress.export.files import replacing
 
 needs_data = pytest.mark.skipif(
     not os.environ.get(data.DATA_VARIABLE),
@@ -89,7 +90,7 @@ def test_fetch_works_without_rich(tmp_path, monkeypatch):
 def test_replacing_keeps_the_old_file_when_the_block_fails(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), download.replacing(path) as target:
+    with pytest.raises(RuntimeError), replacing(path) as target:
         target.write(b"half of the ne")
         raise RuntimeError
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments import download
 from experiments.data import DATA_VARIABLE, data_dir
+from jaxcompress.export.files import replacing
 
 _REPOSITORY = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
 
@@ -64,7 +65,7 @@ def weights_file(depth: int) -> Path:
     else:
         download.fetch(remote, checkpoint, remedy=remedy)
     arrays = _read_checkpoint(checkpoint)
-    with download.replacing(path) as target:
+    with replacing(path) as target:
         np.savez(target, **arrays)  # pyright: ignore[reportArgumentType]
     return path
 

@@ -155,7 +155,14 @@ def split_state(treedef, state: CompressState) -> list[CompressState]:
     """The states of the leaves, in flatten order."""
 
     def rows(part):
-        return [()] * treedef.num_leaves if is_absent(part) else treedef.flatten_up_to(part)
+        if is_absent(part):
+            return [()] * treedef.num_leaves
+        try:
+            return treedef.flatten_up_to(part)
+        except ValueError as error:
+            raise ValueError(
+                f"the state belongs to other params, init makes one for these: {error}"
+            ) from error
 
     return [
         CompressState(*parts)

@@ -108,12 +108,13 @@ def is_packed(x: Any) -> bool:
 def packed_bytes(tree: Any) -> int:
     """Exact bytes of all arrays of a tree, packed or not; shapes and dtypes suffice.
 
+    Leaves that are no arrays (functions, Python numbers) count nothing.
+
     >>> packed_bytes({"w": jax.ShapeDtypeStruct((3, 5), jnp.float32)})
     60
     """
-    return sum(
-        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in arrays)
 
 
 def quantize(

@@ -23,7 +23,7 @@ def kd(
     The teacher gets no gradient. Gradient of the student: T * (p_s - p_t) / examples.
 
     Raises:
-      ValueError: the shapes differ, or there is no class axis.
+      ValueError: the shapes differ, there is no class axis, or a Python temperature is not above 0.
 
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
 
@@ -36,6 +36,8 @@ def kd(
             "student_logits and teacher_logits must have one shape [..., classes], got "
             f"{student_logits.shape} and {teacher_logits.shape}"
         )
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
     t = jnp.asarray(temperature, jnp.float32)
     log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32) / t)
     log_t = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / t)

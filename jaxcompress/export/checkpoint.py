@@ -20,9 +20,11 @@ import numpy as np
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, kept, packed_bytes, unpack
 from jaxcompress.core.paths import leaves_with_paths, near_misses
 from jaxcompress.export import container
+from jaxcompress.export.files import replacing
 from jaxcompress.formats import FixedPoint, Granularity, Integer, QParams, parse
 
 VERSION = "1"
+_ROOT = "(array)"  # the name of a tree that is one array
 _TAKEN = ("jaxcompress", "crc32", "activations")
 
 
@@ -57,7 +59,8 @@ def save(
       TypeError: a leaf of a format without a name, or of a dtype the file cannot hold.
     """
     content, size = _encode(params, activations or {}, metadata or {})
-    container.write(path, content)
+    with replacing(path) as file:
+        file.write(content)
     return size
 
 
@@ -78,12 +81,12 @@ def file_size(
 def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
     arrays, schemes = _disassemble_grids(activations)
     for name, leaf in leaves_with_paths(params, is_leaf=is_packed):
-        parts, scheme = _disassemble(name or "params", leaf)
+        parts, scheme = _disassemble(name or _ROOT, leaf)
         if clash := set(parts) & set(arrays):
             raise ValueError(f"two leaves are named {sorted(clash)[0]!r}")
         arrays |= parts
         if scheme:
-            schemes["leaf:" + (name or "params")] = scheme
+            schemes["leaf:" + (name or _ROOT)] = scheme
     reserved = [k for k in metadata if k in _TAKEN or k.startswith("leaf:")]
     if reserved:
         raise ValueError(f"metadata key {reserved[0]!r} is taken by the file format")
@@ -98,6 +101,8 @@ def _disassemble_grids(activations: Mapping[str, Grid]):
     texts, scales, zeros = [], [], []
     for name, grid in activations.items():
         _refuse_nameless(name, grid.format)
+        if ";" in name:
+            raise ValueError(f"activations: {name!r} must not hold ';', which separates names")
         shape = ""
         if isinstance(grid.qparams, QParams):
             shape = _size_text(grid.qparams.scale.shape)
@@ -144,6 +149,9 @@ def _disassemble(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], str]:
             inner = f"|||{_size_text(leaf.shape)}|{leaf.dtype}"
         return {f"{name}.mask": np.asarray(leaf.bitmask), **parts}, f"{inner}|{leaf.nnz}"
     if not isinstance(leaf, QTensor):
+        if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(f"{name}: only arrays of numbers can be saved, got {kind}")
         return {name: np.asarray(leaf)}, ""
     _refuse_nameless(name, leaf.format)
     parts = {f"{name}.codes": np.asarray(leaf.codes)}
@@ -236,8 +244,8 @@ def _check(leaf: Any) -> None:
 
 
 def _nest(path: Any, leaves: dict[str, Any]) -> Any:
-    if set(leaves) == {"params"}:
-        return leaves["params"]
+    if set(leaves) == {_ROOT}:
+        return leaves[_ROOT]
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
@@ -252,7 +260,7 @@ def _nest(path: Any, leaves: dict[str, Any]) -> Any:
 
 def _into(path: Any, leaves: dict[str, Any], like: Any) -> Any:
     flat = leaves_with_paths(like, is_leaf=is_packed)
-    wanted = [name or "params" for name, _ in flat]
+    wanted = [name or _ROOT for name, _ in flat]
     if missing := [name for name in wanted if name not in leaves]:
         hint = near_misses(missing[0], leaves) or sorted(leaves)[:3]
         raise ValueError(f"{path}: no leaf {missing[0]!r}; nearest in the file: {hint}")

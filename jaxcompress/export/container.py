@@ -6,7 +6,6 @@ the header, the data. Written and read with NumPy alone, since shipping must nee
 
 import json
 import os
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,23 +68,6 @@ def encode(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> tuple[byt
     text += b" " * (-len(text) % 8)
     content = len(text).to_bytes(8, "little") + text + data
     return content, FileSize(len(content), 8 + len(text), len(data))
-
-
-def write(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file to a temporary name beside `path`, then renames it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -1,6 +1,6 @@
 """Number formats: grids, codes, packing."""
 
-from jaxcompress.formats.base import Format, parse, predicted_bytes
+from jaxcompress.formats.base import Format, check_format, parse, predicted_bytes
 from jaxcompress.formats.bits import pack_bits, row_bytes, unpack_bits
 from jaxcompress.formats.fixed_point import FixedPoint, fixed_point
 from jaxcompress.formats.granularity import Granularity, granularity
@@ -13,6 +13,7 @@ __all__ = [
     "Granularity",
     "Integer",
     "QParams",
+    "check_format",
     "clip_ste",
     "fixed_point",
     "granularity",

@@ -33,6 +33,15 @@ class Format(Protocol):
     def decode(self, codes: Array, qparams: Any, *, dtype: Any = ...) -> Array: ...
 
 
+def check_format(format: Any) -> None:
+    """Raises TypeError for what is not a format, a name for instance."""
+    if not hasattr(format, "fake_quant"):
+        raise TypeError(
+            f"format must be a format such as formats.integer(8), got {format!r}; "
+            "formats.parse gives the format of a name"
+        )
+
+
 def predicted_bytes(
     shape: tuple[int, ...], format: Format, where: Granularity, *, nnz: int | None = None
 ) -> int:

@@ -28,8 +28,10 @@ class Granularity:
     group: int | None = None
 
     def __post_init__(self):
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"group must be at least 1, got {self.group}")
+        if self.group is None:
+            return
+        if not isinstance(self.group, int) or self.group < 1:
+            raise ValueError(f"group must be an integer of at least 1, got {self.group}")
 
     def channels(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Channel axes of `shape`, counted from the front, sorted."""

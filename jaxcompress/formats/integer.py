@@ -136,10 +136,15 @@ def integer(bits: int, *, symmetric: bool = True, narrow: bool = True) -> Intege
 
     Raises:
       ValueError: bits outside 1 to 8.
+      TypeError: bits is not an integer.
 
     >>> integer(4).bounds, integer(4, symmetric=False).bounds, integer(8).name
     ((-7, 7), (0, 15), 'int8')
     """
+    if isinstance(bits, bool) or not (isinstance(bits, int) or hasattr(bits, "dtype")):
+        raise TypeError(f"integer(bits): bits must be an integer from 1 to 8, got {bits!r}")
+    if isinstance(bits, np.integer):
+        bits = int(bits)
     if isinstance(bits, int) and not 1 <= bits <= 8:
         raise ValueError(f"integer(bits): bits must be 1 to 8, got {bits}")
     return Integer(bits, symmetric, narrow if symmetric else True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jec
+from jax.api_util import debug_info
 from jax.custom_derivatives import SymbolicZero as SymbolicZero
 
 DOT, CONV = "dot_general", "conv_general_dilated"
@@ -157,6 +158,8 @@ def evaluate(eqn: Any, values: list[Any]) -> list[Any]:
     variables = [v for v in operands if not isinstance(v, jec.Literal)]
     given = [x for v, x in zip(operands, values, strict=True) if not isinstance(v, jec.Literal)]
     one = eqn.replace(invars=operands)
-    info = jec.DebugInfo("walk", eqn.primitive.name, None, None)
+    info = debug_info(
+        "walk", lambda *xs: xs, given, {}, result_paths_thunk=lambda: ("",) * len(eqn.outvars)
+    )
     jaxpr = jec.Jaxpr([], variables, list(eqn.outvars), [one], eqn.effects, info)
     return jec.jaxpr_as_fun(jec.ClosedJaxpr(jaxpr, []))(*given)

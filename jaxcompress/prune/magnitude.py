@@ -51,43 +51,45 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
     def prunable(w):
         return is_float_array(w) and len(w.shape) >= min_ndim
 
-    def masks_of(params, step):
-        leaves, treedef = jax.tree.flatten(params)
-        chosen = [i for i, w in enumerate(leaves) if prunable(w)]
-        scores = [jnp.abs(leaves[i]) for i in chosen]
+    def select(weights, step):
+        scores = [jnp.abs(w) for w in weights]
         share = getattr(schedule, "sparsity", None)
         share = share if isinstance(share, int | float) else schedule(step)
         if scope == "layer":
-            found = [top_k_mask(s, keep_count(s.size, share)) for s in scores]
-        else:
-            found = top_k_masks(scores, keep_count(sum(s.size for s in scores), share))
-        masks = [jnp.ones((), bool) for _ in leaves]
-        for i, mask in zip(chosen, found, strict=True):
-            masks[i] = mask
-        return treedef.unflatten(masks)
+            return [top_k_mask(s, keep_count(s.size, share)) for s in scores]
+        return top_k_masks(scores, keep_count(sum(s.size for s in scores), share))
+
+    @jax.jit  # so that an eager loop of updates compiles once
+    def renew(weights, masks, step):
+        return jax.lax.cond(schedule.fires(step), lambda: select(weights, step), lambda: masks)
+
+    def chosen(params):
+        leaves, treedef = jax.tree.flatten(params)
+        return [i for i, w in enumerate(leaves) if prunable(w)], leaves, treedef
 
     def init(params):
         for path, w in leaves_with_paths(params):
             with at_path(path):
                 if prunable(w):
                     _refuse_nan(w)
+        indices, leaves, treedef = chosen(params)
         step = jnp.zeros((), jnp.int32)
-        return CompressState(buffers=PruneState(masks_of(params, step), step))
+        masks = [jnp.ones((), bool) for _ in leaves]
+        for i, mask in zip(indices, select([leaves[i] for i in indices], step), strict=True):
+            masks[i] = mask
+        return CompressState(buffers=PruneState(treedef.unflatten(masks), step))
 
     def apply(params, state):
         return jax.tree.map(_hide, params, state.buffers.masks)
 
-    @jax.jit  # so that an eager loop of updates compiles once
-    def renew(params, state):
-        step = state.step + 1
-        masks = jax.lax.cond(
-            schedule.fires(step), lambda: masks_of(params, step), lambda: state.masks
-        )
-        return PruneState(masks, step)
-
     def update(params, state, *, grads=None, **extra):
         del grads, extra
-        return state._replace(buffers=renew(params, state.buffers))
+        indices, leaves, treedef = chosen(params)
+        masks, step = treedef.flatten_up_to(state.buffers.masks), state.buffers.step + 1
+        new = renew([leaves[i] for i in indices], [masks[i] for i in indices], step)
+        for i, mask in zip(indices, new, strict=True):
+            masks[i] = mask
+        return state._replace(buffers=PruneState(treedef.unflatten(masks), step))
 
     def pack(params, state):
         return jax.tree.map(_pack_leaf, params, state.buffers.masks)

@@ -103,5 +103,9 @@ def as_schedule(sparsity: Any) -> SparsitySchedule:
         return sparsity
     if callable(sparsity):
         return _Wrapped(sparsity)
+    if not (isinstance(sparsity, int | float) or hasattr(sparsity, "dtype")):
+        raise TypeError(
+            f"sparsity must be a number, a schedule or step -> number, got {sparsity!r}"
+        )
     check_sparsity("sparsity", sparsity)
     return Constant(sparsity)

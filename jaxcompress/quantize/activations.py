@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcompress.core.packed import Grid
 from jaxcompress.core.paths import near_misses
-from jaxcompress.formats import Format, Granularity
+from jaxcompress.formats import Format, Granularity, check_format
 from jaxcompress.graph import Tap, trace, walk
 from jaxcompress.quantize.calibrate import Calibrator, min_max, refuse_non_finite
 
@@ -72,6 +72,7 @@ def activations(
     Raises:
       ValueError: (at init) `sites` matches nothing; (from `grids`) NaN or Inf was seen.
     """
+    check_format(format)
     calibrate = calibrate or min_max()
 
     def fresh(tap):

@@ -7,7 +7,7 @@ from jax import Array
 
 from jaxcompress.core.compressor import Compressor, CompressState, per_leaf
 from jaxcompress.core.packed import fake_quantize, quantize
-from jaxcompress.formats import Format, Granularity, granularity
+from jaxcompress.formats import Format, Granularity, check_format, granularity
 from jaxcompress.quantize.calibrate import Calibrator, min_max, refuse_non_finite
 
 
@@ -53,10 +53,12 @@ def fake_quant(
     Returns:
       Same shape and dtype; the gradient is 1 inside the range and 0 outside.
 
+    >>> import jax.numpy as jnp
     >>> from jaxcompress.formats import integer
     >>> print(fake_quant(jnp.array([0.0, 0.2, -0.7]), integer(4)))
     [ 0.   0.2 -0.7]
     """
+    check_format(format)
     where = granularity(axis, group)
     if qparams is None:
         qparams = qparams_of(jax.lax.stop_gradient(x), format, where, calibrate=calibrate)
@@ -88,6 +90,7 @@ def weights(
 
     Source: Jacob et al. 2018, arXiv 1712.05877; straight-through: arXiv 1308.3432.
 
+    >>> import jax.numpy as jnp
     >>> from jaxcompress import core, formats
     >>> comp = weights(formats.integer(4), axis=-1)
     >>> params = {"kernel": jnp.array([[0.7, -0.1], [0.33, 0.0]])}
@@ -95,6 +98,7 @@ def weights(
     >>> core.packed_bytes(packed)  # two rows of one byte, two scales
     10
     """
+    check_format(format)
     where = granularity(axis, group)
 
     def init(w):

@@ -1,0 +1,125 @@
+"""The experiments as a user runs them, in their short mode; and what they say to bad input."""
+
+import json
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from experiments import compress, data, quickstart
+from experiments._report import run
+
+needs_cifar = pytest.mark.skipif(
+    data.DATA_VARIABLE not in os.environ, reason=f"{data.DATA_VARIABLE} is not set: no CIFAR-10"
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user_runs_it():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def call(module, name, capsys, *flags):
+    """The row of one run with --short and --json, read from the last line of standard output."""
+    run(module.main, name, argv=["--short", "--json", *flags])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def fails(module, name, capsys, *flags):
+    """The line that a run prints which ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(module.main, name, argv=["--short", "--json", *flags])
+    assert stop.value.code == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_quickstart_writes_a_file_that_a_fresh_process_reads(capsys, tmp_path):
+    row = call(quickstart, "quickstart", capsys, "--run-dir", str(tmp_path / "run"))
+    keys = {"teacher_top1_percent", "student_top1_percent", "packed_bytes", "budget_bytes"}
+    assert keys | {"latency_s", "energy_j"} <= set(row)
+    assert row["reloaded_top1_percent"] == row["student_top1_percent"]
+    file = tmp_path / "run" / quickstart.FILE
+    assert row["packed_bytes"] == os.path.getsize(file) <= row["budget_bytes"] == 8000
+    packed, grids, metadata = jc.export.load(file)
+    assert (
+        jc.packed_bytes((packed, grids)) == row["payload_bytes"] and metadata["weights"] == "int4"
+    )
+    zeros = jc.prune.sparsity_of(jc.unpack(packed))
+    assert zeros >= row["sparsity"] - 1e-3
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "quickstart.png",
+        "report.json",
+        "student.safetensors",
+    ]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [n["network"] for n in report["networks"]] == [
+        "teacher",
+        "student",
+        "compressed student",
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--weight-bytes", "10"], "--weight-bytes 10: the smallest file of this network .* more"),
+        (["--device", "stm32l4"], "unknown device 'stm32l4'.*stm32l4r5"),
+        (["--bits", "9"], "bits must be 1 to 8, got 9"),
+    ],
+)
+def test_quickstart_refuses_before_it_trains(capsys, tmp_path, flags, message):
+    line = fails(quickstart, "quickstart", capsys, "--run-dir", str(tmp_path / "run"), *flags)
+    assert re.search(message, line), line
+    assert not (tmp_path / "run").exists()
+
+
+@needs_cifar
+@pytest.mark.parametrize(
+    "flags, most",
+    [
+        (["--weights", "int8"], 0.26),
+        (["--bits", "4"], 0.14),
+        (["--bits", "4", "--sparsity", ".5"], 0.1),
+    ],
+)
+def test_compress_predicts_its_bytes_exactly(capsys, tmp_path, flags, most):
+    file = tmp_path / "model.safetensors"
+    row = call(compress, "compress", capsys, "--packed", str(file), "--layers", "layer1.*", *flags)
+    assert row["packed_bytes"] == row["predicted_bytes"]
+    assert os.path.getsize(file) == row["packed_bytes"] + row["header_bytes"] == row["file_bytes"]
+    assert row["size_ratio"] <= most
+    packed, grids, _ = jc.export.load(file)
+    assert jc.packed_bytes((packed, grids)) == row["packed_bytes"] and len(grids) == 20
+    assert row["macs"] == 40_551_040 and row["parameters"] == 269_034
+
+
+@needs_cifar
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model", "resnet21-cifar10"], "unknown --model 'resnet21-cifar10'; known: resnet20"),
+        (["--weights", "int9"], "unknown format 'int9'"),
+        (["--device", "h1000"], "unknown device 'h1000'.*h100"),
+        (["--layers", "conv9"], "--layers 'conv9' matches no layer; the first are: conv1/kernel"),
+        (["--sparsity", "1.5"], "sparsity must be a share of zeros"),
+    ],
+)
+def test_compress_errors(capsys, tmp_path, flags, message):
+    file = tmp_path / "model.safetensors"
+    line = fails(compress, "compress", capsys, "--packed", str(file), *flags)
+    assert re.search(message, line), line
+    assert not file.exists()
+
+
+def test_a_truncated_packed_file_is_one_clear_error(tmp_path):
+    path = tmp_path / "student.safetensors"
+    jc.export.save(path, {"w": np.ones((8, 8), np.float32)})
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{path}: truncated"):
+        quickstart.accuracy_of_file(path)
