@@ -139,7 +139,8 @@ def compress(teacher: Network, student: Network, data: Digits, args: Args, repor
     count = epochs * (len(data.train_images) // BATCH)
     act = quantizer(student.apply_fn)
     statistics = act.init(student.params, data.train_images[:BATCH])
-    grids = act.grids(statistics)
+    # Any grids do: only their number of bytes counts.
+    grids = act.grids(act.observe(statistics, student.params, data.train_images[:BATCH]))
     sparsity = sparsity_for(student.params, grids, bits=args.bits, budget=args.weight_bytes)
     recipe = recipe_for(args.bits, sparsity, steps=count)
     tx = jc.prune.masked_optimizer(optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, count)))
@@ -229,7 +230,7 @@ def refuse_impossible_budget(args: Args, data: Digits) -> None:
     image = jnp.asarray(data.train_images[:1])
     params = model.init(jax.random.key(args.seed), image)["params"]
     act = quantizer(digits.apply_fn(model))
-    grids = act.grids(act.init(params, image))
+    grids = act.grids(act.observe(act.init(params, image), params, image))
     sparsity_for(params, grids, bits=args.bits, budget=args.weight_bytes)
 
 

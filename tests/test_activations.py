@@ -100,7 +100,13 @@ def test_errors_name_the_contraction():
     with pytest.raises(ValueError, match="sites='9/.*' matches no contraction; nearest: .*kernel"):
         jc.quantize.activations(mlp, u8, sites="9/.*").init(params, *batches[0])
     act = jc.quantize.activations(mlp, u8)
-    with pytest.raises(ValueError, match="activations of '0/kernel' must be finite"):
+    with pytest.raises(ValueError, match="activations of '0/kernel' must have been observed"):
+        act.grids(act.init(params, *batches[0]))
+    with pytest.raises(TypeError, match=r"batches must hold tuples of inputs, \(x,\) for one"):
+        jc.quantize.calibrate_activations(act, params, [batches[0][0]])  # type: ignore
+    with pytest.raises(ValueError, match=r"sites='\*' is not a regular expression"):
+        jc.quantize.activations(mlp, u8, sites="*").init(params, *batches[0])
+    with pytest.raises(ValueError, match="activations of '0/kernel' .* finite"):
         jc.quantize.calibrate_activations(act, params, [(batches[0][0].at[1, 2].set(jnp.nan),)])
     with pytest.raises(ValueError, match="batches is empty"):
         jc.quantize.calibrate_activations(act, params, [])

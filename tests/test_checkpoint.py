@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -87,11 +88,15 @@ def test_fresh_process_reads_it_without_the_models_code(tmp_path):
 
 
 def _rewrite_header(raw, change):
+    """A file with another header and a checksum that fits it."""
     length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     change(header)
+    header["__metadata__"].pop("crc32")
+    plain = json.dumps(header, separators=(",", ":")).encode()
+    header["__metadata__"]["crc32"] = f"{zlib.crc32(plain + data):08x}"
     text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def _set(*keys, value):
@@ -147,6 +152,46 @@ def test_damaged_files_are_refused(tmp_path, damage):
     with pytest.raises(ValueError, match=message) as error:
         load(tmp_path / "p")
     assert str(tmp_path / "p") in str(error.value)
+
+
+def test_a_changed_header_is_refused_even_where_it_still_parses(tmp_path):
+    save(tmp_path / "p", {"a": {"bias": jnp.array([1.0, 2.0])}})
+    raw = (tmp_path / "p").read_bytes()
+    for old, new in ((b'"F32"', b'"I32"'), (b"a/bias", b"b/bias"), (b"crc32", b"crc33")):
+        assert old in raw
+        (tmp_path / "p").write_bytes(raw.replace(old, new))
+        with pytest.raises(ValueError, match="checksum"):
+            load(tmp_path / "p")
+
+
+def test_wide_numbers_survive_and_another_network_is_refused(tmp_path):
+    save(tmp_path / "p", {"big": np.array([2**40]), "third": np.array([1 / 3])})
+    params = load(tmp_path / "p").params
+    assert params["big"][0] == 2**40 and params["third"][0] == 1 / 3
+    like = {"big": np.zeros(2), "third": np.zeros(1)}
+    with pytest.raises(ValueError, match=r"big has the shape \(1,\), `like` has \(2,\)"):
+        load(tmp_path / "p", like=like)
+
+
+def test_random_damage_is_refused_or_changes_nothing(tmp_path):
+    params = small_tree()
+    comp = RECIPES["sparse_int4"]
+    packed = comp.pack(params, comp.init(params))
+    save(tmp_path / "p", packed)
+    raw = (tmp_path / "p").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(raw)
+        damaged[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+        (tmp_path / "p").write_bytes(
+            damaged[: rng.integers(len(raw)) if rng.random() < 0.3 else None]
+        )
+        try:
+            loaded = load(tmp_path / "p").params
+        except ValueError as error:
+            assert str(tmp_path / "p") in str(error)
+        else:  # white space of the header, say
+            assert bits_equal(loaded, packed)
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):

@@ -126,6 +126,53 @@ def test_a_plain_step_is_one_step_of_sgd():
     np.testing.assert_allclose(state.params["w"], w - 0.5 * gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["outside", "inside", "multi_transform"])
+def test_masks_reach_the_optimizer_through_optax_wrappers(order):
+    sgd = optax.sgd(0.1, momentum=0.9)
+    tx = {
+        "outside": optax.MultiSteps(jc.prune.masked_optimizer(sgd), 2),
+        "inside": jc.prune.masked_optimizer(optax.MultiSteps(sgd, 2)),  # type: ignore
+        "multi_transform": optax.multi_transform(
+            {"train": jc.prune.masked_optimizer(sgd), "keep": optax.set_to_zero()},
+            jc.train.Trainable({"w": "train", "b": "keep"}, ()),  # type: ignore
+        ),
+    }[order]
+    recipe = jc.prune.magnitude(0.5)
+    params = {
+        "w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32),
+        "b": jnp.ones(3),
+    }
+    step = jc.train.make_step(
+        jc.train.stateless(lambda p, x: x @ p["w"] + p["b"][None]), tx, recipe=recipe
+    )
+    state = jc.train.create(params, recipe, tx)
+    for _ in range(4):
+        state, _ = step(state, (), (np.ones((8, 4), np.float32), np.arange(8) % 3))
+    masks = jc.prune.masks(state.compress, state.params)
+    assert int(masks["w"].sum()) == 6 and not np.any(
+        np.asarray(state.params["w"])[~np.asarray(masks["w"])]
+    )
+
+
+def test_a_state_that_does_not_fit_the_step_is_refused():
+    tx = optax.sgd(0.1)
+    fn = lambda p, x: x @ p["w"]
+    params, batch = {"w": jnp.ones((2, 2))}, (np.ones((3, 2), np.float32), np.zeros(3, int))
+    state = lambda: jc.train.create(params, jc.identity(), tx)
+    forward = jc.train.stateless(fn)
+    with pytest.raises(
+        ValueError, match="ema_decay=0.9, but the state was created with with_ema=F"
+    ):
+        jc.train.make_step(forward, tx, ema_decay=0.9)(state(), (), batch)
+    act = jc.quantize.activations(fn, jc.formats.integer(8))
+    with pytest.raises(ValueError, match="the state has no statistics"):
+        jc.train.make_step(forward, tx, activations=act)(state(), (), batch)
+    with pytest.raises(ValueError, match="the state holds no masks"):
+        jc.train.make_step(forward, tx, recipe=jc.prune.magnitude(0.5))(state(), (), batch)
+    with pytest.raises(TypeError, match="params: seen: a gradient needs floating point arrays"):
+        jc.train.create({"seen": jnp.arange(2)}, jc.identity(), tx)
+
+
 def test_model_state_is_carried():
     def forward(params, seen, x):
         return x @ params["w"], seen + len(x)

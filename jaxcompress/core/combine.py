@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxcompress.core.compressor import (
     Compressor,
@@ -27,6 +28,9 @@ def chain(*compressors: Compressor) -> Compressor:
     >>> chain(identity(), identity()).init({"w": 1.0})
     CompressState(learned=(), buffers=())
     """
+
+    for index, compressor in enumerate(compressors):
+        _need_compressor(f"chain: argument {index + 1}", compressor)
 
     def states(state):
         count = len(compressors)
@@ -70,6 +74,14 @@ def chain(*compressors: Compressor) -> Compressor:
     return Compressor(init, apply, update, pack)
 
 
+def _need_compressor(what: str, compressor: Any) -> None:
+    if not isinstance(compressor, Compressor):
+        raise TypeError(
+            f"{what} must be a Compressor such as quantize.weights(format), "
+            f"got {type(compressor).__name__}"
+        )
+
+
 def _merge(before: Any, view: Any, packed: Any, new: Any) -> Any:
     # One compressor turned `before` into `view`; `packed` stores before, `new` stores view.
     # Gives the smallest storage of view that the two know: new's or else packed's codes, masked
@@ -81,6 +93,11 @@ def _merge(before: Any, view: Any, packed: Any, new: Any) -> Any:
     values, codes = dense(new), dense(packed)
     if isinstance(codes, QTensor) and not isinstance(values, QTensor):
         # A mask on quantized values leaves them on the grid; anything else may not.
+        if isinstance(view, Tracer):
+            raise TypeError(
+                "pack of a quantizer before another compressor compares values; "
+                "call it outside jit and eval_shape"
+            )
         again = quantize(view, codes.qparams, format=codes.format, granularity=codes.granularity)
         values = again if bool(jnp.all(unpack(again) == view)) else view
     if isinstance(packed, Masked) or isinstance(new, Masked):
@@ -102,9 +119,16 @@ def partition(
       ValueError: (at init) a label without a compressor.
     """
 
+    if isinstance(compressors, Mapping):
+        for label, compressor in compressors.items():
+            _need_compressor(f"the compressor of {label!r}", compressor)
+
     def groups(params):
         tree = labels(params) if callable(labels) else labels
-        named = jax.tree.structure(params).flatten_up_to(tree)
+        try:
+            named = jax.tree.structure(params).flatten_up_to(tree)
+        except ValueError as error:
+            raise ValueError(f"labels do not have the params' structure: {error}") from error
         members: dict[str, list[int]] = {}
         for index, label in enumerate(named):
             members.setdefault(label, []).append(index)
@@ -123,6 +147,10 @@ def partition(
         flat = leaves_with_paths(params)
         for label, indices in groups(params).items():
             part = {flat[i][0]: flat[i][1] for i in indices}
+            if len(part) < len(indices):
+                paths = [flat[i][0] for i in indices]
+                twice = next(path for path in paths if paths.count(path) > 1)
+                raise ValueError(f"two leaves have the path {twice!r}; rename one")
             yield label, indices, part, pick(label, list(part))
 
     def sub(state, label):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.core.paths import leaves_with_paths
 
@@ -125,6 +126,9 @@ def per_leaf(
         return treedef, results
 
     def tree_init(params):
+        for path, w in leaves_with_paths(params):
+            with at_path(path):
+                _refuse(w)
         treedef, states = run(leaf_init, params)
         return join_state(treedef, states)
 
@@ -144,6 +148,14 @@ def per_leaf(
         return _replace(treedef, params, packed)
 
     return Compressor(tree_init, tree_apply, tree_update, tree_pack)
+
+
+def _refuse(w: Any) -> None:
+    # What jit would turn into something else than the eager functions see.
+    if isinstance(w, float):
+        raise TypeError(f"a Python number is no parameter; give an array, jnp.asarray({w})")
+    if isinstance(w, np.ndarray) and jax.dtypes.canonicalize_dtype(w.dtype) != w.dtype:
+        raise TypeError(f"{w.dtype} needs jax_enable_x64; or give the array as float32")
 
 
 def _replace(treedef, params, results):

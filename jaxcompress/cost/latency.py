@@ -156,4 +156,4 @@ def timing(device: Device, load: Load) -> Timing:
       ValueError: no listed type holds the operands.
     """
     timings = [_timing(device, load, rate) for rate in _rows(device, load)]
-    return min(timings, key=lambda t: t.latency_s)
+    return min(timings, key=lambda t: (t.latency_s, dtypes.kind(t.rate.weight).digits))

@@ -26,6 +26,8 @@ from jaxcompress.formats import FixedPoint, Granularity, Integer, QParams, parse
 VERSION = "1"
 _ROOT = "(array)"  # the name of a tree that is one array
 _TAKEN = ("jaxcompress", "crc32", "activations")
+_TAKEN_LEAVES = ("__metadata__", "activations.scale", "activations.zero_point")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class Checkpoint(NamedTuple):
@@ -81,18 +83,32 @@ def file_size(
 def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
     arrays, schemes = _disassemble_grids(activations)
     for name, leaf in leaves_with_paths(params, is_leaf=is_packed):
+        if name in _TAKEN_LEAVES:
+            raise ValueError(f"the name {name!r} is taken by the file format; rename the leaf")
         parts, scheme = _disassemble(name or _ROOT, leaf)
         if clash := set(parts) & set(arrays):
             raise ValueError(f"two leaves are named {sorted(clash)[0]!r}")
         arrays |= parts
         if scheme:
             schemes["leaf:" + (name or _ROOT)] = scheme
-    reserved = [k for k in metadata if k in _TAKEN or k.startswith("leaf:")]
-    if reserved:
-        raise ValueError(f"metadata key {reserved[0]!r} is taken by the file format")
+    _refuse_nested_names([name for name, _ in leaves_with_paths(params, is_leaf=is_packed)])
+    for key, value in metadata.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise TypeError(f"metadata must be strings, got {key!r}: {value!r}")
+        if key in _TAKEN or key.startswith("leaf:"):
+            raise ValueError(f"metadata key {key!r} is taken by the file format")
     content, size = container.encode(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
     assert size.payload_bytes == packed_bytes((params, dict(activations)))
     return content, size
+
+
+def _refuse_nested_names(names: list[str]) -> None:
+    known = set(names)
+    for name in names:
+        parts = name.split("/")
+        for depth in range(1, len(parts)):
+            if (parent := "/".join(parts[:depth])) in known:
+                raise ValueError(f"leaf {name!r} lies below leaf {parent!r}; rename one")
 
 
 def _disassemble_grids(activations: Mapping[str, Grid]):
@@ -100,6 +116,8 @@ def _disassemble_grids(activations: Mapping[str, Grid]):
         return {}, {}
     texts, scales, zeros = [], [], []
     for name, grid in activations.items():
+        if not isinstance(grid, Grid):
+            raise TypeError(f"activations: {name!r} must be a core.Grid, got {grid!r}")
         _refuse_nameless(name, grid.format)
         if ";" in name:
             raise ValueError(f"activations: {name!r} must not hold ';', which separates names")
@@ -117,8 +135,10 @@ def _disassemble_grids(activations: Mapping[str, Grid]):
 
 def _assemble_grids(text: str, arrays: dict[str, np.ndarray]) -> dict[str, Grid]:
     empty = np.zeros(0, np.uint8)
-    scales = arrays.pop("activations.scale", empty)
+    scales = arrays.pop("activations.scale", empty.astype(np.float32))
     zeros = arrays.pop("activations.zero_point", empty)
+    if scales.dtype != np.float32 or zeros.dtype != np.uint8:
+        raise ValueError(f"scales are {scales.dtype}, zero points {zeros.dtype}")
     grids = {}
     for entry in text.split(";") if text else []:
         name, format_name, sizes = entry.rsplit("|", 2)
@@ -190,34 +210,52 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Checkpoint:
         that `like` has.
     """
     arrays, metadata = container.read(path)
-    if metadata.get("jaxcompress") != VERSION:
+    if metadata.get("jaxcompress") != VERSION or "crc32" not in metadata:
         found = metadata.get("jaxcompress", "none")
-        raise ValueError(f"{path}: scheme version {found}, this program reads {VERSION}")
+        raise ValueError(
+            f"{path}: scheme version {found}, this program reads {VERSION} with a checksum"
+        )
     schemes = {k[5:]: metadata.pop(k) for k in list(metadata) if k.startswith("leaf:")}
     leaves, name = {}, "activations"
     try:
         grids = _assemble_grids(metadata.get(name, ""), arrays)
         for name, scheme in schemes.items():
             leaves[name] = _assemble(name, scheme, arrays)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         scheme = schemes.get(name, metadata.get(name))
         raise ValueError(f"{path}: {name}: its parts do not fit {scheme!r}: {error}") from error
-    leaves |= {name: jnp.asarray(array) for name, array in arrays.items()}
+    leaves |= {name: _as_saved(array) for name, array in arrays.items()}
     params = _nest(path, leaves) if like is None else _into(path, leaves, like)
     return Checkpoint(params, grids, {k: v for k, v in metadata.items() if k not in _TAKEN})
+
+
+def _as_saved(array: np.ndarray) -> Any:
+    # JAX would cut 64-bit numbers in half without jax_enable_x64: they stay NumPy arrays then.
+    same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    return jnp.asarray(array) if same else array
+
+
+def _take(arrays: dict[str, np.ndarray], name: str, dtype: Any) -> jax.Array:
+    array = arrays.pop(name)
+    if array.dtype != dtype:
+        raise ValueError(f"{name!r} should be {jnp.dtype(dtype)}, it is {array.dtype}")
+    return jnp.asarray(array)
 
 
 def _assemble(name: str, scheme: str, arrays: dict[str, np.ndarray]) -> Any:
     format_name, axes, group, sizes, dtype, *rest = scheme.split("|")
     shape = _sizes(sizes)
+    if dtype not in _FLOATS:
+        raise ValueError(f"unknown dtype {dtype!r}")
     if format_name:
         axis = tuple(int(a) for a in axes.split(",")) if axes else ()
         where = Granularity(axis, int(group) if group else None)
         leaf = _assemble_codes(name, format_name, where, shape, dtype, arrays)
     else:
-        leaf = jnp.asarray(arrays.pop(f"{name}.values"))
+        leaf = _take(arrays, f"{name}.values", dtype)
     if rest:
-        leaf = Masked(jnp.asarray(arrays.pop(f"{name}.mask")), leaf, shape, dtype, int(rest[0]))
+        mask = _take(arrays, f"{name}.mask", jnp.uint8)
+        leaf = Masked(mask, leaf, shape, dtype, int(rest[0]))
     _check(leaf)
     return leaf
 
@@ -226,13 +264,13 @@ def _assemble_codes(name, format_name, where, shape, dtype, arrays) -> QTensor:
     format = parse(format_name)
     qparams: Any = ()
     if isinstance(format, Integer):
-        scale = jnp.asarray(arrays.pop(f"{name}.scale"))
-        zero = () if format.symmetric else jnp.asarray(arrays.pop(f"{name}.zero_point"))
+        scale = _take(arrays, f"{name}.scale", jnp.float32)
+        zero = () if format.symmetric else _take(arrays, f"{name}.zero_point", jnp.uint8)
         if scale.shape != where.scale_shape(shape):
             raise ValueError(f"scales of shape {scale.shape}")
         qparams = QParams(scale, zero)
-    codes = jnp.asarray(arrays.pop(f"{name}.codes"))
-    return QTensor(codes, qparams, format, where, shape, jnp.dtype(dtype).name)
+    codes = _take(arrays, f"{name}.codes", jnp.uint8)
+    return QTensor(codes, qparams, format, where, shape, dtype)
 
 
 def _check(leaf: Any) -> None:
@@ -266,5 +304,15 @@ def _into(path: Any, leaves: dict[str, Any], like: Any) -> Any:
         raise ValueError(f"{path}: no leaf {missing[0]!r}; nearest in the file: {hint}")
     if extra := sorted(set(leaves) - set(wanted)):
         raise ValueError(f"{path}: holds {extra[0]!r}, which `like` does not have")
+    if len(set(wanted)) != len(wanted):
+        twice = next(name for name in wanted if wanted.count(name) > 1)
+        raise ValueError(f"two leaves of `like` have the path {twice!r}; rename one")
+    for name, (_, template) in zip(wanted, flat, strict=True):
+        shape = getattr(template, "shape", None)
+        if shape is not None and tuple(shape) != tuple(leaves[name].shape):
+            raise ValueError(
+                f"{path}: {name} has the shape {tuple(leaves[name].shape)}, "
+                f"`like` has {tuple(shape)}: a checkpoint of another network"
+            )
     treedef = jax.tree.structure(like, is_leaf=is_packed)
     return treedef.unflatten([leaves[name] for name in wanted])

@@ -63,11 +63,20 @@ def encode(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> tuple[byt
         offset += len(blob)
     data = b"".join(blobs)
     if metadata:
-        header["__metadata__"]["crc32"] = f"{zlib.crc32(data):08x}"
-    text = json.dumps(header, separators=(",", ":")).encode()
+        header["__metadata__"]["crc32"] = _checksum(header, data)
+    text = _dump(header)
     text += b" " * (-len(text) % 8)
     content = len(text).to_bytes(8, "little") + text + data
     return content, FileSize(len(content), 8 + len(text), len(data))
+
+
+def _dump(header: dict[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def _checksum(header: dict[str, Any], data: bytes | memoryview) -> str:
+    # Of the header without this entry, and the data.
+    return f"{zlib.crc32(data, zlib.crc32(_dump(header))):08x}"
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -81,9 +90,12 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]
     path = Path(path)
     raw = path.read_bytes()
     header, data = _header(path, raw)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its metadata are not strings")
+    checksum = metadata.pop("crc32", None)
+    expected = None if checksum is None else _checksum(header, data)
+    header.pop("__metadata__", None)
     arrays, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: _start(path, item)):
         dtype, shape, (first, last) = _entry(path, name, entry)
@@ -100,9 +112,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]
         end = last
     if end != len(data):
         raise _damaged(path, f"{len(data) - end} bytes follow the last array")
-    if metadata.get("crc32", f"{zlib.crc32(data):08x}") != f"{zlib.crc32(data):08x}":
-        raise _damaged(path, "the checksum of its data is wrong")
-    return arrays, metadata
+    if checksum != expected:
+        raise _damaged(path, "its checksum is wrong")
+    return arrays, metadata if checksum is None else {**metadata, "crc32": checksum}
 
 
 def _damaged(path: Path, why: str) -> ValueError:

@@ -70,12 +70,18 @@ def fixed_point(integer_bits: int, fraction_bits: int) -> FixedPoint:
     m may be negative (all bits behind the point, the first of them unused) and so may n.
 
     Raises:
-      ValueError: 1 + m + n is not 1 to 16.
+      ValueError: 1 + m + n is not 1 to 16, or m or n beyond 100.
+      TypeError: m or n is not an integer.
 
     >>> q = fixed_point(0, 3)
     >>> print(q.fake_quant(jnp.array([0.3, -1.2, 0.99])))
     [ 0.25  -1.     0.875]
     """
+    for name, bits in (("integer_bits", integer_bits), ("fraction_bits", fraction_bits)):
+        if isinstance(bits, bool) or not isinstance(bits, int):
+            raise TypeError(f"fixed_point: {name} must be an integer, got {bits!r}")
+        if abs(bits) > 100:
+            raise ValueError(f"fixed_point: {name} must be within 100, got {bits}")
     total = 1 + integer_bits + fraction_bits
     if not 1 <= total <= 16:
         raise ValueError(

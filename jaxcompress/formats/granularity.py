@@ -1,6 +1,7 @@
 """Which elements share a scale: the tensor, a channel, or a group inside a channel."""
 
 import math
+import operator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -128,4 +129,8 @@ def granularity(axis: int | tuple[int, ...] | None = None, group: int | None = N
     """
     if axis is None:
         axis = ()
-    return Granularity((axis,) if isinstance(axis, int) else tuple(axis), group)
+    axes = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    try:
+        return Granularity(tuple(operator.index(a) for a in axes), group)
+    except TypeError as error:
+        raise TypeError(f"axis must be None, an integer or several, got {axis!r}") from error

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcompress.formats.rounding import uniform_codes, uniform_ste
+from jaxcompress.formats.rounding import clip_ste, uniform_codes, uniform_ste
 
 
 class QParams(NamedTuple):
@@ -66,21 +66,21 @@ class Integer:
         """
         qmin, qmax = self.bounds
         if self.symmetric:
-            span = jnp.maximum(-low, high)
             steps = max(qmax, 1) if isinstance(qmax, int) else jnp.maximum(qmax, 1)
+            reach = lambda factor: jnp.maximum(-low, high) * factor
         else:
-            span = high - low
             steps = qmax - qmin
+            reach = lambda factor: high * factor - low * factor  # high - low may overflow
         # XLA divides by a constant through its reciprocal; written so, jit and eager agree.
         static = isinstance(steps, int)
         inverse = np.float32(1 / steps) if static else 1.0 / steps.astype(jnp.float32)
-        scale = jnp.maximum(span * inverse, _smallest_scale(dtype))
-        # Two roundings: up to two ulps more where the end of the range would fall outside the grid.
-        for _ in range(2):
-            short = span * (1.0 / scale) > jnp.asarray(steps, jnp.float32)
+        scale = jnp.maximum(reach(inverse), _smallest_scale(dtype))
+        # A few roundings: as many ulps more where the end of the range would fall off the grid.
+        for _ in range(3):
+            short = reach(1.0 / scale) > jnp.asarray(steps, jnp.float32)
             scale = jnp.where(short, jnp.nextafter(scale, jnp.inf), scale)
-        # A comparison would take NaN for a block of zeros and hide it.
-        scale = jnp.where(span == 0, jnp.ones_like(scale), scale)
+        # NaN is not equal to itself: it goes into the scale, not for a block of zeros.
+        scale = jnp.where(low == high, jnp.ones_like(scale), scale)
         if self.symmetric:
             return QParams(scale)
         zero = jnp.clip(jnp.round(-low / scale), 0.0, jnp.asarray(qmax, jnp.float32))
@@ -96,7 +96,7 @@ class Integer:
 
     def fake_quant(self, x: Array, qparams: QParams) -> Array:
         """The nearest number of the grid, in x's dtype; straight-through inside the range."""
-        return uniform_ste(x, qparams.scale, *self._ends(qparams)).astype(x.dtype)
+        return _finite(uniform_ste(x, qparams.scale, *self._ends(qparams)), x.dtype)
 
     def encode(self, x: Array, qparams: QParams) -> Array:
         """Unsigned codes below 2**bits, uint8."""
@@ -114,7 +114,13 @@ class Integer:
             q = (q ^ half) - half
         else:
             q = q - qparams.zero_point.astype(jnp.int32)
-        return (q.astype(jnp.float32) * qparams.scale).astype(dtype)
+        return _finite(q.astype(jnp.float32) * qparams.scale, dtype)
+
+
+def _finite(x: Array, dtype: Any) -> Array:
+    # The end of a grid may round above the largest number of dtype, float16's 65504 for one.
+    largest = float(jnp.finfo(dtype).max)
+    return clip_ste(x, -largest, largest).astype(dtype)
 
 
 def _smallest_scale(dtype: Any) -> float:

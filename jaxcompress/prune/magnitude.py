@@ -8,7 +8,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxcompress.core.compressor import Compressor, CompressState, at_path, is_float_array
-from jaxcompress.core.packed import mask_leaf
+from jaxcompress.core.packed import mask_leaf, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.select import keep_count, top_k_mask, top_k_masks
 from jaxcompress.prune.schedules import as_schedule
@@ -80,10 +80,12 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
         return CompressState(buffers=PruneState(treedef.unflatten(masks), step))
 
     def apply(params, state):
+        _own(state)
         return jax.tree.map(_hide, params, state.buffers.masks)
 
     def update(params, state, *, grads=None, **extra):
         del grads, extra
+        _own(state)
         indices, leaves, treedef = chosen(params)
         masks, step = treedef.flatten_up_to(state.buffers.masks), state.buffers.step + 1
         new = renew([leaves[i] for i in indices], [masks[i] for i in indices], step)
@@ -100,6 +102,11 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
 def _refuse_nan(w):
     if not isinstance(w, Tracer | jax.ShapeDtypeStruct) and bool(jnp.any(jnp.isnan(w))):
         raise ValueError("a weight to prune must not be NaN")
+
+
+def _own(state):
+    if not isinstance(state.buffers, PruneState):
+        raise ValueError("the state holds no masks: it was made by another compressor's init")
 
 
 def _is_dense(w, mask) -> bool:
@@ -132,7 +139,10 @@ def masks(state: CompressState, params: Any) -> Any:
 
 
 def sparsity_of(params: Any) -> float:
-    """Share of exact zeros among the floating point leaves with two axes or more (eager)."""
-    leaves = [w for w in jax.tree.leaves(params) if is_float_array(w) and w.ndim >= 2]
+    """Share of exact zeros among the floating point leaves with two axes or more (eager).
+
+    A packed tree is unpacked first.
+    """
+    leaves = [w for w in jax.tree.leaves(unpack(params)) if is_float_array(w) and w.ndim >= 2]
     zeros = sum(int(jnp.sum(w == 0)) for w in leaves)
     return zeros / max(sum(w.size for w in leaves), 1)

@@ -8,9 +8,12 @@ import optax
 
 
 def _select(masks, tree, other):
-    return jax.tree.map(
-        lambda m, x, y: x if m.ndim == 0 and x.ndim > 0 else jnp.where(m, x, y), masks, tree, other
-    )
+    def choose(mask, x, y):
+        if isinstance(x, optax.MaskedNode):  # inside optax.masked or multi_transform
+            return x
+        return x if jnp.ndim(mask) == 0 and x.ndim > 0 else jnp.where(mask, x, y)
+
+    return jax.tree.map(choose, masks, tree, other)
 
 
 def _need(transform: str, **arguments: Any) -> None:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 
 class SparsitySchedule(Protocol):
@@ -92,8 +94,10 @@ def cubic(initial: float, final: float, *, start: int = 0, end: int, every: int 
 
 
 def check_sparsity(name: str, value: Any) -> None:
-    """Raises ValueError for a Python number outside [0, 1]."""
-    if isinstance(value, int | float) and not 0.0 <= value <= 1.0:
+    """Raises ValueError for a number outside [0, 1], unless it is traced."""
+    if hasattr(value, "dtype") and (isinstance(value, Tracer) or value.ndim):
+        return
+    if not 0.0 <= float(value) <= 1.0:
         raise ValueError(f"{name} must be a share of zeros in [0, 1], got {value}")
 
 
@@ -103,6 +107,8 @@ def as_schedule(sparsity: Any) -> SparsitySchedule:
         return sparsity
     if callable(sparsity):
         return _Wrapped(sparsity)
+    if isinstance(sparsity, np.number):
+        sparsity = float(sparsity)
     if not (isinstance(sparsity, int | float) or hasattr(sparsity, "dtype")):
         raise TypeError(
             f"sparsity must be a number, a schedule or step -> number, got {sparsity!r}"

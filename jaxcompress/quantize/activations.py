@@ -44,7 +44,10 @@ def with_activations(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _chosen(taps: tuple[Tap, ...], sites: str) -> list[Tap]:
-    chosen = [tap for tap in taps if re.fullmatch(sites, tap.name)]
+    try:
+        chosen = [tap for tap in taps if re.fullmatch(sites, tap.name)]
+    except re.error as error:
+        raise ValueError(f"sites={sites!r} is not a regular expression: {error}") from error
     if not chosen:
         names = [tap.name for tap in taps]
         raise ValueError(
@@ -104,7 +107,7 @@ def activations(
         found = {}
         for name, state in stats.items():
             low, high = calibrate.range(state)
-            refuse_non_finite(f"activations of {name!r}", low, high)
+            refuse_non_finite(f"activations of {name!r} must have been observed, and", low, high)
             found[name] = Grid(format.qparams(low, high), format)
         return found
 
@@ -127,6 +130,10 @@ def calibrate_activations(
     """
     stats = None
     for inputs in batches:
+        if not isinstance(inputs, tuple | list):
+            raise TypeError(
+                f"batches must hold tuples of inputs, (x,) for one, got {type(inputs).__name__}"
+            )
         stats = quantizer.init(params, *inputs) if stats is None else stats
         stats = quantizer.observe(stats, params, *inputs)
     if stats is None:

@@ -17,7 +17,8 @@ class Calibrator(NamedTuple):
       update: (statistics, x, *, axes, where) -> statistics; x is a blocked view, `axes` are
         reduced, `where` (bool or None) leaves padding out. Works under jit.
       merge: two statistics of disjoint data -> those of all of it (exact: shards, batches).
-      range: statistics -> (low, high), low <= 0 <= high; NaN where a number was not finite.
+      range: statistics -> (low, high), low <= 0 <= high; NaN where a number was not finite or
+        nothing was seen.
     """
 
     init: Callable[[tuple[int, ...]], Any]
@@ -27,11 +28,12 @@ class Calibrator(NamedTuple):
 
 
 class MinMax(NamedTuple):
-    """Smallest and largest number so far, zero included; whether all were finite."""
+    """Smallest and largest number so far, zero included; whether all were finite, if any."""
 
     low: Array  # float32, shape of the scales
     high: Array  # float32, shape of the scales
     finite: Array  # bool, shape of the scales
+    seen: Array  # bool, shape of the scales
 
 
 def min_max() -> Calibrator:
@@ -47,9 +49,8 @@ def min_max() -> Calibrator:
     """
 
     def init(shape):
-        return MinMax(
-            jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool)
-        )
+        zeros = jnp.zeros(shape, jnp.float32)
+        return MinMax(zeros, zeros, jnp.ones(shape, bool), jnp.zeros(shape, bool))
 
     def update(state, x, *, axes, where=None):
         x = x.astype(jnp.float32)
@@ -58,16 +59,20 @@ def min_max() -> Calibrator:
             jnp.minimum(state.low, jnp.min(seen, axis=axes, keepdims=True, initial=0.0)),
             jnp.maximum(state.high, jnp.max(seen, axis=axes, keepdims=True, initial=0.0)),
             state.finite & jnp.all(jnp.isfinite(seen), axis=axes, keepdims=True),
+            jnp.ones_like(state.seen),
         )
 
     def merge(a, b):
-        return MinMax(jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high), a.finite & b.finite)
+        return MinMax(
+            jnp.minimum(a.low, b.low),
+            jnp.maximum(a.high, b.high),
+            a.finite & b.finite,
+            a.seen | b.seen,
+        )
 
     def limits(state):
-        return (
-            jnp.where(state.finite, state.low, jnp.nan),
-            jnp.where(state.finite, state.high, jnp.nan),
-        )
+        known = state.finite & state.seen
+        return jnp.where(known, state.low, jnp.nan), jnp.where(known, state.high, jnp.nan)
 
     return Calibrator(init, update, merge, limits)
 

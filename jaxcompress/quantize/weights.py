@@ -5,7 +5,13 @@ from typing import Any
 import jax
 from jax import Array
 
-from jaxcompress.core.compressor import Compressor, CompressState, per_leaf
+from jaxcompress.core.compressor import (
+    Compressor,
+    CompressState,
+    is_absent,
+    is_float_array,
+    per_leaf,
+)
 from jaxcompress.core.packed import fake_quantize, quantize
 from jaxcompress.formats import Format, Granularity, check_format, granularity
 from jaxcompress.quantize.calibrate import Calibrator, min_max, refuse_non_finite
@@ -59,6 +65,8 @@ def fake_quant(
     [ 0.   0.2 -0.7]
     """
     check_format(format)
+    if not is_float_array(x):
+        raise TypeError(f"x must be a floating point array, got {getattr(x, 'dtype', type(x))}")
     where = granularity(axis, group)
     if qparams is None:
         qparams = qparams_of(jax.lax.stop_gradient(x), format, where, calibrate=calibrate)
@@ -105,6 +113,8 @@ def weights(
         return CompressState(buffers=qparams_of(w, format, where, calibrate=calibrate))
 
     def apply(w, state):
+        if is_absent(state.buffers) and format.scale_bytes:
+            raise ValueError("the state holds no scales: it was made by another compressor")
         return fake_quantize(w, state.buffers, format=format, granularity=where)
 
     def update(w, state, *, grads=None, **extra):
@@ -112,6 +122,7 @@ def weights(
         return state._replace(buffers=qparams_of(w, format, where, calibrate=calibrate))
 
     def pack(w, state):
+        refuse_non_finite("an array to pack", w)
         return quantize(w, state.buffers, format=format, granularity=where)
 
     return per_leaf(init, apply, update=update, pack=pack)

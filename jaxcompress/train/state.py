@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.core.compressor import Compressor, CompressState
+from jaxcompress.core.compressor import Compressor, CompressState, is_float_array
+from jaxcompress.core.paths import leaves_with_paths
 
 
 class Trainable(NamedTuple):
@@ -59,11 +60,20 @@ def create(
 ) -> TrainState:
     """The state at step 0; the params are copied, since the step donates its state.
 
+    Raises:
+      TypeError: a leaf of the params is not a floating point array, with its path.
+
     >>> from jaxcompress.core import identity
     >>> state = create({"w": jnp.ones(2)}, identity(), optax.sgd(0.1))
     >>> int(state.step), state.compress.learned
     (0, ())
     """
+    for path, leaf in leaves_with_paths(params):
+        if not is_float_array(leaf):
+            raise TypeError(
+                f"params: {path}: a gradient needs floating point arrays, got "
+                f"{getattr(leaf, 'dtype', type(leaf).__name__)}; keep it in model_state"
+            )
     params = jax.tree.map(jnp.array, params)
     compress = jax.tree.map(jnp.array, recipe.init(params))
     return TrainState(

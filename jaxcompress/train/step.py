@@ -1,5 +1,6 @@
 """One jitted, donated train step in which teacher, masks, quantizers and schedules compose."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.core.compressor import Compressor, identity
+from jaxcompress.core.compressor import Compressor, identity, is_absent
 from jaxcompress.distill.logits import kd
 from jaxcompress.prune.magnitude import masks as find_masks
 from jaxcompress.quantize.activations import ActivationQuantizer
@@ -54,6 +55,25 @@ def stateless(apply_fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return lambda params, model_state, inputs: (apply_fn(params, inputs), model_state)
 
 
+def _accepts(function: Callable[..., Any], name: str) -> bool:
+    # optax.MultiSteps passes extra arguments on without being an extra-args transformation.
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _check(state: TrainState, activations: Any, ema_decay: float | None) -> None:
+    if activations is not None and is_absent(state.activations):
+        raise ValueError(
+            "activations are quantized, but the state has no statistics of them: "
+            "create(..., activations=quantizer.init(params, inputs))"
+        )
+    if (ema_decay is None) != is_absent(state.ema):
+        raise ValueError(
+            f"ema_decay={ema_decay}, but the state was created with "
+            f"with_ema={not is_absent(state.ema)}"
+        )
+
+
 def make_step(
     forward: Callable[..., tuple[Any, Any]],
     tx: optax.GradientTransformation,
@@ -84,7 +104,7 @@ def make_step(
     """
     recipe = recipe or identity()
     loss = loss or hinton_loss()
-    tx = optax.with_extra_args_support(tx)
+    accepts_masks = _accepts(tx.update, "masks")
 
     def objective(trainable, state, teacher_params, inputs, labels):
         view = recipe.apply(trainable.params, state.compress._replace(learned=trainable.learned))
@@ -102,6 +122,7 @@ def make_step(
 
     def step(state: TrainState, teacher_params: Any, batch: tuple[Any, Any]):
         inputs, labels = batch
+        _check(state, activations, ema_decay)
         state = state.replace(compress=recipe.update(state.params, state.compress))
         trainable = Trainable(state.params, state.compress.learned)
         (value, (metrics, model_state, statistics)), grads = jax.value_and_grad(
@@ -111,7 +132,8 @@ def make_step(
             find_masks(state.compress, state.params),
             jax.tree.map(lambda _: jnp.ones((), bool), trainable.learned),
         )
-        updates, opt = tx.update(grads, state.opt, trainable, masks=kept)
+        extra = {"masks": kept} if accepts_masks else {}
+        updates, opt = tx.update(grads, state.opt, trainable, **extra)
         new: Any = optax.apply_updates(trainable, updates)
         state = state.replace(
             step=state.step + 1,
