@@ -1,6 +1,6 @@
 """All that depends on JAX internals or differs between JAX versions, in one place.
 
-Seen to work from JAX 0.10 to 0.12. What changed in between: an open and a closed jaxpr became one
+Seen to work from JAX 0.8 to 0.12. What changed in between: an open and a closed jaxpr became one
 class, and `scan` describes its operands by `ft_in` instead of `num_consts` and `num_carry`.
 """
 
