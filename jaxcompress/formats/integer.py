@@ -67,17 +67,18 @@ class Integer:
         qmin, qmax = self.bounds
         if self.symmetric:
             steps = max(qmax, 1) if isinstance(qmax, int) else jnp.maximum(qmax, 1)
-            reach = lambda factor: jnp.maximum(-low, high) * factor
+            span, unit = jnp.maximum(-low, high), 1.0
         else:
+            # In halves, which are exact: high - low may overflow.
             steps = qmax - qmin
-            reach = lambda factor: high * factor - low * factor  # high - low may overflow
+            span, unit = high * 0.5 - low * 0.5, 2.0
         # XLA divides by a constant through its reciprocal; written so, jit and eager agree.
         static = isinstance(steps, int)
-        inverse = np.float32(1 / steps) if static else 1.0 / steps.astype(jnp.float32)
-        scale = jnp.maximum(reach(inverse), _smallest_scale(dtype))
+        inverse = np.float32(unit / steps) if static else unit / steps.astype(jnp.float32)
+        scale = jnp.maximum(span * inverse, _smallest_scale(dtype))
         # A few roundings: as many ulps more where the end of the range would fall off the grid.
         for _ in range(3):
-            short = reach(1.0 / scale) > jnp.asarray(steps, jnp.float32)
+            short = span * (unit / scale) > jnp.asarray(steps, jnp.float32)
             scale = jnp.where(short, jnp.nextafter(scale, jnp.inf), scale)
         # NaN is not equal to itself: it goes into the scale, not for a block of zeros.
         scale = jnp.where(low == high, jnp.ones_like(scale), scale)
