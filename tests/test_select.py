@@ -159,8 +159,6 @@ def test_gradient_flows_around_the_mask():
 
 
 def test_float64_and_int64():
-    if not hasattr(jax, "enable_x64"):
-        pytest.skip("jax.enable_x64 came with JAX 0.8")
     with jax.enable_x64(True):
         close = jnp.array([1.0, 1.0 + 1e-15, 1.0 - 1e-15, np.nan, 5e-324], np.float64)
         assert top_k_mask(close, 1).tolist() == [False, True, False, False, False]
