@@ -109,6 +109,16 @@ def sparsity_for(params: Any, grids: Any, *, bits: int, budget: int) -> float:
     )
 
 
+def planned_sparsity(args: Args, data: Digits) -> float:
+    """`sparsity_for` of the untrained student: bytes depend on shapes, not on values."""
+    model = student_model()
+    image = jnp.asarray(data.train_images[:1])
+    params = model.init(jax.random.key(args.seed), image)["params"]
+    act = quantizer(digits.apply_fn(model))
+    grids = act.grids(act.observe(act.init(params, image), params, image))
+    return sparsity_for(params, grids, bits=args.bits, budget=args.weight_bytes)
+
+
 def metadata(bits: int) -> dict[str, str]:
     """What the file says about itself."""
     return {"model": "digits_cnn", "weights": f"int{bits}"}
@@ -133,15 +143,20 @@ def train_dense(model: Any, data: Digits, *, epochs: int, seed: int, report: Rep
     return fit(step, state, stream, teacher_params=teacher_params, seed=seed).params
 
 
-def compress(teacher: Network, student: Network, data: Digits, args: Args, report: Report):
+def compress(
+    teacher: Network,
+    student: Network,
+    data: Digits,
+    args: Args,
+    report: Report,
+    *,
+    sparsity: float,
+):
     """Prunes, quantizes and distils the trained student into the budget."""
     epochs = 2 if args.short else 120
     count = epochs * (len(data.train_images) // BATCH)
     act = quantizer(student.apply_fn)
     statistics = act.init(student.params, data.train_images[:BATCH])
-    # Any grids do: only their number of bytes counts.
-    grids = act.grids(act.observe(statistics, student.params, data.train_images[:BATCH]))
-    sparsity = sparsity_for(student.params, grids, bits=args.bits, budget=args.weight_bytes)
     recipe = recipe_for(args.bits, sparsity, steps=count)
     tx = jc.prune.masked_optimizer(optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, count)))
     step = jc.train.make_step(
@@ -172,7 +187,7 @@ def compress(teacher: Network, student: Network, data: Digits, args: Args, repor
     )
     # Scales belong to the weights they were measured on: refresh them after the last step.
     final = recipe.update(state.params, state.compress)
-    return recipe.pack(state.params, final), act.grids(state.activations), sparsity, history
+    return recipe.pack(state.params, final), act.grids(state.activations), history
 
 
 def predict_packed(packed: Any, grids: Any) -> jax.tree_util.Partial:
@@ -200,7 +215,7 @@ def accuracy_in_fresh_process(path: Path) -> float:
 def main(args: Args, report: Report) -> dict[str, Any]:
     device = jc.cost.device(args.device)
     data = load_digits_split(args.seed)
-    refuse_impossible_budget(args, data)
+    sparsity = planned_sparsity(args, data)  # before training: an impossible budget fails here
     dense = {"epochs": 2 if args.short else 80, "report": report}
     big, small = digits.teacher(), student_model()
     big_fn, small_fn = digits.apply_fn(big), digits.apply_fn(small)
@@ -210,7 +225,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
         small, data, seed=args.seed + 1, teacher=big_fn, teacher_params=teacher_params, **dense
     )
     student = Network("student", small_fn, student_params, student_params)
-    packed, grids, sparsity, history = compress(teacher, student, data, args, report)
+    packed, grids, history = compress(teacher, student, data, args, report, sparsity=sparsity)
     small_network = Network("compressed student", small_fn, jc.unpack(packed), packed, grids)
     accuracies = [
         top1(jax.tree_util.Partial(n.apply_fn, n.params), data.test_images, data.test_labels)
@@ -222,16 +237,6 @@ def main(args: Args, report: Report) -> dict[str, Any]:
         for n, accuracy in zip(networks, accuracies, strict=True)
     ]
     return ship(args, report, rows, packed, grids, sparsity, history)
-
-
-def refuse_impossible_budget(args: Args, data: Digits) -> None:
-    """Raises ValueError before anything is trained if no sparsity meets the budget."""
-    model = student_model()
-    image = jnp.asarray(data.train_images[:1])
-    params = model.init(jax.random.key(args.seed), image)["params"]
-    act = quantizer(digits.apply_fn(model))
-    grids = act.grids(act.observe(act.init(params, image), params, image))
-    sparsity_for(params, grids, bits=args.bits, budget=args.weight_bytes)
 
 
 def describe(network: Network, accuracy: float, device: Any, bits: int) -> dict:

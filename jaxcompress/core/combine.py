@@ -17,7 +17,7 @@ from jaxcompress.core.compressor import (
     is_float_array,
 )
 from jaxcompress.core.packed import Masked, QTensor, dense, is_packed, mask_leaf, quantize, unpack
-from jaxcompress.core.paths import leaves_with_paths, match_rules
+from jaxcompress.core.paths import leaves_with_paths, match_rules, refuse_twins
 
 
 def chain(*compressors: Compressor) -> Compressor:
@@ -146,11 +146,8 @@ def partition(
     def each(params):
         flat = leaves_with_paths(params)
         for label, indices in groups(params).items():
+            refuse_twins("params", [flat[i][0] for i in indices])
             part = {flat[i][0]: flat[i][1] for i in indices}
-            if len(part) < len(indices):
-                paths = [flat[i][0] for i in indices]
-                twice = next(path for path in paths if paths.count(path) > 1)
-                raise ValueError(f"two leaves have the path {twice!r}; rename one")
             yield label, indices, part, pick(label, list(part))
 
     def sub(state, label):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress.core.paths import leaves_with_paths
 
@@ -45,6 +46,17 @@ class Compressor(NamedTuple):
 def is_float_array(x: Any) -> bool:
     """Whether x is an array (or its shape) of floating point numbers: what methods act on."""
     return hasattr(x, "dtype") and hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def holds(check: Callable[[Any], Any], x: Any) -> bool:
+    """Whether check(x) is true of every element; true of what is traced or has no values.
+
+    Works for a constant inside somebody's `jit` or `scan` too, where operations are traced.
+    """
+    if isinstance(x, Tracer | jax.ShapeDtypeStruct):
+        return True
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.all(check(x)))
 
 
 def is_absent(state: Any) -> bool:
@@ -163,18 +175,25 @@ def _replace(treedef, params, results):
     return treedef.unflatten([w if r is None else r for w, r in zip(leaves, results, strict=True)])
 
 
+def state_leaves(treedef, part: Any) -> list[Any]:
+    """What a part of a state holds for each leaf of the params.
+
+    Raises:
+      ValueError: it does not have the params' structure.
+    """
+    try:
+        return treedef.flatten_up_to(part)
+    except ValueError as error:
+        raise ValueError(
+            f"the state belongs to other params, init makes one for these: {error}"
+        ) from error
+
+
 def split_state(treedef, state: CompressState) -> list[CompressState]:
     """The states of the leaves, in flatten order."""
 
     def rows(part):
-        if is_absent(part):
-            return [()] * treedef.num_leaves
-        try:
-            return treedef.flatten_up_to(part)
-        except ValueError as error:
-            raise ValueError(
-                f"the state belongs to other params, init makes one for these: {error}"
-            ) from error
+        return [()] * treedef.num_leaves if is_absent(part) else state_leaves(treedef, part)
 
     return [
         CompressState(*parts)

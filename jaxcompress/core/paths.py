@@ -28,6 +28,15 @@ def leaves_with_paths(tree: Any, is_leaf=None) -> list[tuple[str, Any]]:
     return [(path_str(key_path), leaf) for key_path, leaf in flat]
 
 
+def refuse_twins(what: str, paths: Iterable[str]) -> None:
+    """Raises ValueError if two leaves have one path, as `{"a/b": x, "a": {"b": y}}` has."""
+    seen: set[str] = set()
+    for path in paths:
+        if path in seen:
+            raise ValueError(f"{what}: two leaves have the path {path!r}; rename one")
+        seen.add(path)
+
+
 def near_misses(name: str, candidates: Iterable[str], *, most: int = 3) -> list[str]:
     """The candidates that look most like `name`, best first; case and regex signs do not count."""
     plain = re.sub(r"[^a-z0-9/_]", "", name.lower())

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, kept, packed_bytes, unpack
-from jaxcompress.core.paths import leaves_with_paths, near_misses
+from jaxcompress.core.paths import leaves_with_paths, near_misses, refuse_twins
 from jaxcompress.export import container
 from jaxcompress.export.files import replacing
 from jaxcompress.formats import FixedPoint, Granularity, Integer, QParams, parse
@@ -82,7 +82,9 @@ def file_size(
 
 def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
     arrays, schemes = _disassemble_grids(activations)
-    for name, leaf in leaves_with_paths(params, is_leaf=is_packed):
+    flat = leaves_with_paths(params, is_leaf=is_packed)
+    _refuse_nested_names([name for name, _ in flat])
+    for name, leaf in flat:
         if name in _TAKEN_LEAVES:
             raise ValueError(f"the name {name!r} is taken by the file format; rename the leaf")
         parts, scheme = _disassemble(name or _ROOT, leaf)
@@ -91,7 +93,6 @@ def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
         arrays |= parts
         if scheme:
             schemes["leaf:" + (name or _ROOT)] = scheme
-    _refuse_nested_names([name for name, _ in leaves_with_paths(params, is_leaf=is_packed)])
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata must be strings, got {key!r}: {value!r}")
@@ -299,14 +300,12 @@ def _nest(path: Any, leaves: dict[str, Any]) -> Any:
 def _into(path: Any, leaves: dict[str, Any], like: Any) -> Any:
     flat = leaves_with_paths(like, is_leaf=is_packed)
     wanted = [name or _ROOT for name, _ in flat]
+    refuse_twins("like", wanted)
     if missing := [name for name in wanted if name not in leaves]:
         hint = near_misses(missing[0], leaves) or sorted(leaves)[:3]
         raise ValueError(f"{path}: no leaf {missing[0]!r}; nearest in the file: {hint}")
     if extra := sorted(set(leaves) - set(wanted)):
         raise ValueError(f"{path}: holds {extra[0]!r}, which `like` does not have")
-    if len(set(wanted)) != len(wanted):
-        twice = next(name for name in wanted if wanted.count(name) > 1)
-        raise ValueError(f"two leaves of `like` have the path {twice!r}; rename one")
     for name, (_, template) in zip(wanted, flat, strict=True):
         shape = getattr(template, "shape", None)
         if shape is not None and tuple(shape) != tuple(leaves[name].shape):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.paths import leaves_with_paths, refuse_twins
 from jaxcompress.graph import flow, macs
 from jaxcompress.graph.follow import Found, follow
 from jaxcompress.graph.sites import Graph, Site, Tap, shape_dtype, size
@@ -74,15 +74,15 @@ def trace_program(fn: Callable[..., Any], params: Any, *inputs: Any) -> Program:
 
 def _param_leaves(params: Any) -> dict[str, jax.ShapeDtypeStruct]:
     leaves: dict[str, jax.ShapeDtypeStruct] = {}
-    for path, leaf in leaves_with_paths(params):
+    flat = leaves_with_paths(params)
+    refuse_twins("params", [path for path, _ in flat])
+    for path, leaf in flat:
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         if not is_array and not isinstance(leaf, bool | int | float | complex):
             raise ValueError(
                 f"params: leaf {path!r} must be an array, got {type(leaf).__name__}; split static "
                 "fields off first (nnx.split, equinox.partition)"
             )
-        if path in leaves:
-            raise ValueError(f"params: two leaves have the path {path!r}; rename one")
         leaves[path] = shape_dtype(leaf)
     return leaves
 

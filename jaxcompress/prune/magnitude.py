@@ -5,9 +5,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
 
-from jaxcompress.core.compressor import Compressor, CompressState, at_path, is_float_array
+from jaxcompress.core.compressor import (
+    Compressor,
+    CompressState,
+    at_path,
+    holds,
+    is_float_array,
+    state_leaves,
+)
 from jaxcompress.core.packed import mask_leaf, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.select import keep_count, top_k_mask, top_k_masks
@@ -67,16 +73,19 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
         leaves, treedef = jax.tree.flatten(params)
         return [i for i, w in enumerate(leaves) if prunable(w)], leaves, treedef
 
+    def placed(masks, indices, new):
+        found = dict(zip(indices, new, strict=True))
+        return [found.get(i, mask) for i, mask in enumerate(masks)]
+
     def init(params):
         for path, w in leaves_with_paths(params):
             with at_path(path):
-                if prunable(w):
-                    _refuse_nan(w)
+                if prunable(w) and not holds(lambda x: ~jnp.isnan(x), w):
+                    raise ValueError("a weight to prune must not be NaN")
         indices, leaves, treedef = chosen(params)
         step = jnp.zeros((), jnp.int32)
-        masks = [jnp.ones((), bool) for _ in leaves]
-        for i, mask in zip(indices, select([leaves[i] for i in indices], step), strict=True):
-            masks[i] = mask
+        new = select([leaves[i] for i in indices], step)
+        masks = placed([jnp.ones((), bool) for _ in leaves], indices, new)
         return CompressState(buffers=PruneState(treedef.unflatten(masks), step))
 
     def apply(params, state):
@@ -87,21 +96,15 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
         del grads, extra
         _own(state)
         indices, leaves, treedef = chosen(params)
-        masks, step = treedef.flatten_up_to(state.buffers.masks), state.buffers.step + 1
+        masks, step = state_leaves(treedef, state.buffers.masks), state.buffers.step + 1
         new = renew([leaves[i] for i in indices], [masks[i] for i in indices], step)
-        for i, mask in zip(indices, new, strict=True):
-            masks[i] = mask
+        masks = placed(masks, indices, new)
         return state._replace(buffers=PruneState(treedef.unflatten(masks), step))
 
     def pack(params, state):
         return jax.tree.map(_pack_leaf, params, state.buffers.masks)
 
     return Compressor(init, apply, update, pack)
-
-
-def _refuse_nan(w):
-    if not isinstance(w, Tracer | jax.ShapeDtypeStruct) and bool(jnp.any(jnp.isnan(w))):
-        raise ValueError("a weight to prune must not be NaN")
 
 
 def _own(state):

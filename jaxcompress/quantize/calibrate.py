@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
+
+from jaxcompress.core.compressor import holds
 
 
 class Calibrator(NamedTuple):
@@ -83,10 +83,5 @@ def refuse_non_finite(what: str, *arrays: Array) -> None:
     Under `jit` nothing can be raised: there a calibrator's range is NaN, and so is all that is
     computed with it.
     """
-    for x in arrays:
-        if isinstance(x, Tracer) or isinstance(x, jax.ShapeDtypeStruct):
-            continue
-        with jax.ensure_compile_time_eval():  # a constant inside somebody's jit or scan
-            finite = bool(jnp.all(jnp.isfinite(x)))
-        if not finite:
-            raise ValueError(f"{what} must be finite, got NaN or Inf")
+    if not all(holds(jnp.isfinite, x) for x in arrays):
+        raise ValueError(f"{what} must be finite, got NaN or Inf")
