@@ -32,7 +32,7 @@ class Args(Options):
     model: str = "resnet20-cifar10"
     """resnet20-, resnet32-, resnet44- or resnet56-cifar10."""
     weights: str = "int8"
-    """Format of the weights, one scale per output channel: int1 to int8, uint4, q0.7, float32."""
+    """Format of the weights, per output channel: int8, uint4, q0.7, ternary, mxfp4, float32."""
     activations: str = "int8"
     """Format of what enters each layer, one scale per tensor: int8, uint8, ..., float32."""
     bits: int | None = None
@@ -66,13 +66,13 @@ def predicted_bytes(view: Any, grids: Any, weights: Any, *, masked: bool) -> int
     for path, w in jc.core.leaves_with_paths(view):
         nnz = int(np.count_nonzero(w)) if masked and w.ndim > 1 else None
         if weights is not None and re.fullmatch(".*kernel", path):
-            where = jc.formats.granularity(-1)
+            where = jc.formats.granularity_for(weights, -1)
             total += jc.formats.predicted_bytes(w.shape, weights, where, nnz=nnz)
         elif nnz is not None:
             total += min(4 * w.size, -(-w.size // 8) + 4 * nnz)
         else:
             total += 4 * w.size
-    return total + sum(grid.format.scale_bytes for grid in grids.values())
+    return total + sum(grid.format.metadata_bytes(1) for grid in grids.values())
 
 
 def format_of(name: str) -> jc.formats.Format | None:

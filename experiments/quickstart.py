@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import optax
 
 import jaxcompress as jc
+from experiments._plot import plot
 from experiments._report import Options, Report, run, write_json
 from experiments.data import Digits, load_digits_split
 from experiments.evaluate import top1
 from experiments.models import digits
 from experiments.training import batches, fit
-from jaxcompress.export.files import replacing
 
 BATCH = 64
 LEARNING_RATE = 4e-3
@@ -303,23 +303,17 @@ def ship(args, report, rows, packed, grids, sparsity, history) -> dict[str, Any]
 
 def draw(path: Path, rows: list[dict], history: list[tuple[int, float]], args: Args) -> None:
     """Accuracy against bytes on disk, and the sparsity that training went through."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for row in rows:
-        left.plot(row["file_bytes"], row["top1_percent"], "o", markersize=9, label=row["network"])
-    left.axvline(args.weight_bytes, color="0.5", linestyle="--", label="budget")
-    left.set(xscale="log", xlabel="bytes on disk", ylabel="top-1 on 500 test images, %")
-    left.set_ylim(min(row["top1_percent"] for row in rows) - 2, 100.2)
-    left.legend()
-    right.plot(*zip(*history, strict=True))
-    right.set(xlabel="step", ylabel="zeros among the weights", ylim=(0, 1))
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)
+    with plot(path, columns=2, size=(9, 3.6)) as (left, right):
+        for row in rows:
+            left.plot(
+                row["file_bytes"], row["top1_percent"], "o", markersize=9, label=row["network"]
+            )
+        left.axvline(args.weight_bytes, color="0.5", linestyle="--", label="budget")
+        left.set(xscale="log", xlabel="bytes on disk", ylabel="top-1 on 500 test images, %")
+        left.set_ylim(min(row["top1_percent"] for row in rows) - 2, 100.2)
+        left.legend()
+        right.plot(*zip(*history, strict=True))
+        right.set(xlabel="step", ylabel="zeros among the weights", ylim=(0, 1))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ DAMAGE = {
     ),
     "newer": (
         lambda raw: _rewrite_header(raw, _set("__metadata__", "jaxcompress", value="9")),
-        "scheme version 9, this program reads 1",
+        "scheme version 9, this program reads 2",
     ),
     "wrong scheme": (
         lambda raw: _rewrite_header(

@@ -12,7 +12,16 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jaxcompress.formats import Format, Granularity, pack_bits, row_bytes, unpack_bits
+from jaxcompress.formats import (
+    Format,
+    Granularity,
+    Rounding,
+    half_even,
+    lanes,
+    pack_bits,
+    row_bytes,
+    unpack_bits,
+)
 
 
 def _pytree(*, data: tuple[str, ...], static: tuple[str, ...]):
@@ -25,8 +34,9 @@ class QTensor:
     """A quantized array: packed codes, and the scales that give them a meaning.
 
     Attributes:
-      codes: uint8 [*shape[:-1], ceil(shape[-1] * bits / 8)]; in a `Masked`, uint8 [bytes]: the
-        codes of the kept elements only, as one row.
+      codes: uint8. [*shape[:-1], shape[-1] * bits / 8] where the last axis fills whole bytes, else
+        [ceil(size * bits / 8)], the whole array as one row; in a `Masked` the codes of the kept
+        elements only, as one row.
       qparams: the format's arrays, broadcast against `granularity.split` of the array.
       format, granularity, shape, dtype: of the array that `unpack` gives.
     """
@@ -91,7 +101,7 @@ class Grid:
     format: Format
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> float:
         """Bits per value."""
         return self.format.bits
 
@@ -118,32 +128,73 @@ def packed_bytes(tree: Any) -> int:
 
 
 def quantize(
-    x: Array, qparams: Any, *, format: Format, granularity: Granularity, dtype: Any = None
+    x: Array,
+    qparams: Any,
+    *,
+    format: Format,
+    granularity: Granularity,
+    rounding: Rounding = half_even,
+    key: Array | None = None,
+    dtype: Any = None,
 ) -> QTensor:
     """Packs an array; `unpack` gives `format.fake_quant` of it, bit for bit. Works under `jit`."""
-    codes = format.encode(x, _expand(qparams, granularity, x.shape))
-    codes = pack_bits(codes.reshape(x.shape or (1,)), format.bits)
+    how = {"format": format, "granularity": granularity, "rounding": rounding}
+    packed = _packed_codes(x, qparams, key, **how)
+    shipped = getattr(format, "shipped", lambda p: p)(qparams)
     name = jnp.dtype(dtype or x.dtype).name
-    return QTensor(codes, qparams, format, granularity, tuple(x.shape), name)
+    return QTensor(packed, shipped, format, granularity, tuple(x.shape), name)
+
+
+def _rows(shape: tuple[int, ...], bits: float) -> tuple[int, ...]:
+    # Rows of whole bytes keep the shape (and what is sharded stays so), else nothing is wasted.
+    return shape if shape and shape[-1] % lanes(bits) == 0 else (math.prod(shape),)
 
 
 def _codes(leaf: QTensor) -> Array:
-    last = leaf.shape[-1] if leaf.shape else 1
-    return unpack_bits(leaf.codes, leaf.format.bits, last).reshape(leaf.shape)
-
-
-def _expand(qparams: Any, granularity: Granularity, shape: tuple[int, ...]) -> Any:
-    return jax.tree.map(lambda p: granularity.expand(p, shape), qparams)
+    *_, count = _rows(leaf.shape, leaf.format.bits)
+    return unpack_bits(leaf.codes, leaf.format.bits, count).reshape(leaf.shape)
 
 
 def _decode(leaf: QTensor, codes: Array) -> Array:
-    qparams = _expand(leaf.qparams, leaf.granularity, leaf.shape)
-    return leaf.format.decode(codes, qparams, dtype=jnp.dtype(leaf.dtype))
+    dtype = jnp.dtype(leaf.dtype)
+    return leaf.format.decode(codes, leaf.qparams, where=leaf.granularity, dtype=dtype)
 
 
-def fake_quantize(x: Array, qparams: Any, *, format: Format, granularity: Granularity) -> Array:
+def fake_quantize(
+    x: Array,
+    qparams: Any,
+    *,
+    format: Format,
+    granularity: Granularity,
+    rounding: Rounding = half_even,
+    key: Array | None = None,
+) -> Array:
     """What `unpack` gives after `quantize`, with the format's straight-through gradient."""
-    return format.fake_quant(x, _expand(qparams, granularity, x.shape))
+    run = _compiled_fake_quant if is_static(format) else _fake_quant
+    return run(x, qparams, key, format=format, granularity=granularity, rounding=rounding)
+
+
+def is_static(format: Format) -> bool:
+    """Whether a format holds no traced number (of bits), so that it can be a static argument."""
+    try:
+        hash(format)
+    except TypeError:
+        return False
+    return True
+
+
+def _fake_quant(x, qparams, key, *, format, granularity, rounding):
+    return format.fake_quant(x, qparams, where=granularity, rounding=rounding, key=key)
+
+
+# Compiled also where the caller is not: one program instead of one per operation.
+_compiled_fake_quant = jax.jit(_fake_quant, static_argnames=("format", "granularity", "rounding"))
+
+
+@functools.partial(jax.jit, static_argnames=("format", "granularity", "rounding"))
+def _packed_codes(x, qparams, key, *, format, granularity, rounding):
+    codes = format.encode(x, qparams, where=granularity, rounding=rounding, key=key)
+    return pack_bits(codes.reshape(_rows(x.shape, format.bits)), format.bits)
 
 
 def kept(leaf: Masked) -> Array:
@@ -160,6 +211,7 @@ def _spread(values: Array, mask: Array) -> Array:
     return jnp.where(mask, spread, jnp.zeros((), values.dtype))
 
 
+@jax.jit
 def _unpack_leaf(leaf: Any) -> Any:
     if isinstance(leaf, QTensor):
         return _decode(leaf, _codes(leaf))
@@ -178,21 +230,25 @@ def unpack(tree: Any) -> Any:
 
     Works under `jit` and `eval_shape`; leaves that are not packed are returned as they are.
     """
-    return jax.tree.map(_unpack_leaf, tree, is_leaf=is_packed)
+    open = lambda leaf: _unpack_leaf(leaf) if is_packed(leaf) else leaf
+    return jax.tree.map(open, tree, is_leaf=is_packed)
 
 
 def dense(leaf: Any) -> Any:
     """The same leaf without its bitmask: a `QTensor` with all codes, or an array."""
     if isinstance(leaf, Masked) and isinstance(leaf.values, QTensor):
-        values = leaf.values
+        values, mask = leaf.values, kept(leaf)
         row = unpack_bits(values.codes, values.format.bits, leaf.nnz)
-        return _with_codes(values, _spread(row, kept(leaf)))
+        zeros = jnp.zeros(leaf.shape, values.dtype)
+        # Zero need not have the code 0: in an asymmetric grid it has the zero point's.
+        rest = values.format.encode(zeros, values.qparams, where=values.granularity)
+        return _with_codes(values, jnp.where(mask, _spread(row, mask), rest))
     return _unpack_leaf(leaf) if isinstance(leaf, Masked) else leaf
 
 
 def _with_codes(leaf: QTensor, codes: Array) -> QTensor:
-    codes = codes if codes.ndim else codes.reshape(1)
-    return dataclasses.replace(leaf, codes=pack_bits(codes, leaf.format.bits))
+    rows = codes.reshape(_rows(leaf.shape, leaf.format.bits))
+    return dataclasses.replace(leaf, codes=pack_bits(rows, leaf.format.bits))
 
 
 def masked_bytes(nnz: int, dense_leaf: Any) -> int:

@@ -52,8 +52,8 @@ def _stored(path: str, leaf: Any) -> Stored:
         (dtype, bits), metadata = dtypes.of_array(values.dtype), 0
     if not isinstance(leaf, Masked):
         return Stored(path, total, total, size, dtype, bits, 1.0, leaf)
-    last = leaf.shape[-1] if leaf.shape else 1
-    dense = size // max(last, 1) * row_bytes(last, bits) + metadata
+    stored_bits = values.format.bits if isinstance(values, QTensor) else bits
+    dense = row_bytes(size, stored_bits) + metadata
     return Stored(path, total, dense, size, dtype, bits, leaf.density, leaf)
 
 

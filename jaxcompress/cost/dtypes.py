@@ -1,5 +1,6 @@
 """Number types by name, and which of them holds which: int4 fits into int8, both into bfloat16."""
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -88,12 +89,17 @@ def of_array(dtype: Any) -> tuple[str, int]:
 def of_format(format: Any) -> tuple[str, int]:
     """Name and bits of a number format (anything with `bits`, and `name` where it has one).
 
+    A block format has the type of its elements; binary and ternary codes are integers of 1 and 2
+    bits.
+
     >>> from jaxcompress.formats import parse
-    >>> of_format(parse("uint4")), of_format(parse("q2.5"))
-    (('int4', 4), ('int8', 8))
+    >>> of_format(parse("uint4")), of_format(parse("q2.5")), of_format(parse("mxfp4"))
+    (('int4', 4), ('int8', 8), ('float4_e2m1', 4))
     """
-    bits = int(format.bits)
-    name = str(getattr(format, "name", f"int{bits}"))
+    bits = math.ceil(format.bits)
+    name = str(getattr(getattr(format, "element", format), "name", f"int{bits}"))
+    if re.fullmatch(r"ternary\w*|binary|int\d+_\d+", name):
+        return f"int{bits}", bits
     if re.fullmatch(r"u?int\d+(_full)?|q-?\d+\.-?\d+", name):
         return f"int{bits}", bits
     if match := re.fullmatch(r"(?:float\d+_|fp\d+_)?e(\d+)m(\d+)(?:fn)?", name):

@@ -1,32 +1,33 @@
 """Packed checkpoints: as small as they claim, read back without the model's code.
 
 A file is a safetensors file. Each leaf `a/b/kernel` is one array of that name, or several:
-`.codes`, `.scale`, `.zero_point` of a `QTensor`, and `.mask`, `.values` or `.codes` of a `Masked`.
-The metadata say, for each packed leaf, `format|axes|group|shape|dtype` (and `|nnz` if masked),
-e.g. `int4|-1||3x3x16x16|float32`; the metadata key `jaxcompress` is the version of this scheme.
-The grids of activations lie in `activations.scale` and `activations.zero_point`, one after the
-other; the metadata key `activations` lists `name|format|shape` of each, `;` between.
+`.codes` and the fields of the format's qparams (`.scale`, `.zero_point`, `.exponent`, ...) of a
+`QTensor`, and `.mask`, `.values` or `.codes` of a `Masked`. The metadata say, for each packed leaf,
+`format|axes|group|shape|dtype` (and `|nnz` if masked), e.g. `int4|-1||3x3x16x16|float32`; tiles
+are a group `x128x128`. The metadata key `jaxcompress` is the version of this scheme. The grids of
+activations lie in `activations.scale` and so on, a field of all grids one after the other; the
+metadata key `activations` lists `name|format|shape` of each, `;` between.
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.compressor import is_absent
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, kept, packed_bytes, unpack
 from jaxcompress.core.paths import leaves_with_paths, near_misses, refuse_twins
 from jaxcompress.export import container
 from jaxcompress.export.files import replacing
-from jaxcompress.formats import FixedPoint, Granularity, Integer, QParams, parse
+from jaxcompress.formats import Format, Granularity, parse
 
-VERSION = "1"
+VERSION = "2"
 _ROOT = "(array)"  # the name of a tree that is one array
 _TAKEN = ("jaxcompress", "crc32", "activations")
-_TAKEN_LEAVES = ("__metadata__", "activations.scale", "activations.zero_point")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -85,7 +86,7 @@ def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
     flat = leaves_with_paths(params, is_leaf=is_packed)
     _refuse_nested_names([name for name, _ in flat])
     for name, leaf in flat:
-        if name in _TAKEN_LEAVES:
+        if name == "__metadata__" or name.startswith("activations."):
             raise ValueError(f"the name {name!r} is taken by the file format; rename the leaf")
         parts, scheme = _disassemble(name or _ROOT, leaf)
         if clash := set(parts) & set(arrays):
@@ -115,51 +116,85 @@ def _refuse_nested_names(names: list[str]) -> None:
 def _disassemble_grids(activations: Mapping[str, Grid]):
     if not activations:
         return {}, {}
-    texts, scales, zeros = [], [], []
+    texts, parts = [], {}
     for name, grid in activations.items():
         if not isinstance(grid, Grid):
             raise TypeError(f"activations: {name!r} must be a core.Grid, got {grid!r}")
-        _refuse_nameless(name, grid.format)
         if ";" in name:
             raise ValueError(f"activations: {name!r} must not hold ';', which separates names")
-        shape = ""
-        if isinstance(grid.qparams, QParams):
-            shape = _size_text(grid.qparams.scale.shape)
-            scales.append(np.asarray(grid.qparams.scale).reshape(-1))
-            if not isinstance(grid.qparams.zero_point, tuple):
-                zeros.append(np.asarray(grid.qparams.zero_point).reshape(-1))
-        texts.append(f"{name}|{grid.format.name}|{shape}")
-    parts = {"activations.scale": scales, "activations.zero_point": zeros}
-    arrays = {name: np.concatenate(part) for name, part in parts.items() if part}
+        fields = _fields(name, grid.format, grid.qparams)
+        for field, array in fields.items():
+            parts.setdefault(f"activations.{field}", []).append(array.reshape(-1))
+        texts.append(f"{name}|{grid.format.name}|{_size_text(_scale_shape(grid, fields))}")
+    arrays = {name: np.concatenate(part) for name, part in parts.items()}
     return arrays, {"activations": ";".join(texts)}
 
 
-def _assemble_grids(text: str, arrays: dict[str, np.ndarray]) -> dict[str, Grid]:
-    empty = np.zeros(0, np.uint8)
-    scales = arrays.pop("activations.scale", empty.astype(np.float32))
-    zeros = arrays.pop("activations.zero_point", empty)
-    if scales.dtype != np.float32 or zeros.dtype != np.uint8:
-        raise ValueError(f"scales are {scales.dtype}, zero points {zeros.dtype}")
+def _assemble_grids(
+    text: str, arrays: dict[str, np.ndarray], formats: Mapping[str, Format]
+) -> dict[str, Grid]:
+    rest = {name: arrays.pop(name) for name in list(arrays) if name.startswith("activations.")}
     grids = {}
     for entry in text.split(";") if text else []:
         name, format_name, sizes = entry.rsplit("|", 2)
-        format, shape = parse(format_name), _sizes(sizes)
-        qparams: Any = ()
-        if isinstance(format, Integer):
-            count, zero = math.prod(shape), ()
-            scale, scales = jnp.asarray(scales[:count]).reshape(shape), scales[count:]
-            if not format.symmetric:
-                zero, zeros = jnp.asarray(zeros[:count]).reshape(shape), zeros[count:]
-            qparams = QParams(scale, zero)
-        grids[name] = Grid(qparams, format)
-    if len(scales) or len(zeros):
-        raise ValueError("more scales than activations")
+        format = _format(format_name, formats)
+
+        def take(field, template):
+            key = f"activations.{field}"
+            count = math.prod(template.shape)
+            taken, rest[key] = rest[key][:count], rest[key][count:]
+            return taken.reshape(template.shape)
+
+        grids[name] = Grid(_qparams(format, _sizes(sizes), take), format)
+    if left := [name for name, array in rest.items() if len(array)]:
+        raise ValueError(f"{left[0]!r} holds more than the activations")
     return grids
 
 
-def _refuse_nameless(name: str, format: Any) -> None:
-    if not isinstance(format, Integer | FixedPoint):
-        raise TypeError(f"{name}: a format of type {type(format).__name__} cannot be saved")
+def _scale_shape(grid: Grid, fields: dict[str, np.ndarray]) -> tuple[int, ...]:
+    # The first field has a value per block, or a table.
+    if not fields:
+        return ()
+    shape = next(iter(fields.values())).shape
+    ends = jax.ShapeDtypeStruct(shape, jnp.float32)
+    expected = jax.eval_shape(grid.format.qparams, ends, ends)[0].shape
+    return shape[: 2 * len(shape) - len(expected)]
+
+
+def _format(name: str, formats: Mapping[str, Format]) -> Format:
+    return formats[name] if name in formats else parse(name)
+
+
+def _fields(name: str, format: Format, qparams: Any) -> dict[str, np.ndarray]:
+    """The arrays of a format's qparams by field; fields that are `()` are absent."""
+    if not isinstance(qparams, tuple) or not isinstance(getattr(format, "name", None), str):
+        raise TypeError(
+            f"{name}: a format of type {type(format).__name__} cannot be saved: it needs a name, "
+            "and a NamedTuple of arrays as qparams"
+        )
+    if any(sign in format.name for sign in "|;"):
+        raise ValueError(f"{name}: the format's name {format.name!r} must not hold '|' or ';'")
+    fields = qparams._asdict() if hasattr(qparams, "_asdict") else {}  # type: ignore
+    return {key: np.asarray(array) for key, array in fields.items() if not is_absent(array)}
+
+
+def _qparams(format: Format, scale_shape: tuple[int, ...], take: Any) -> Any:
+    """The qparams of a format from arrays that `take(field, shape and dtype)` finds."""
+    ends = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
+    ship = getattr(format, "shipped", lambda p: p)
+    template = jax.eval_shape(lambda low, high: ship(format.qparams(low, high)), ends, ends)
+    found = {}
+    for field, aval in template._asdict().items() if hasattr(template, "_asdict") else ():
+        if is_absent(aval):
+            found[field] = ()
+            continue
+        array = take(field, aval)
+        if array.dtype != aval.dtype or array.shape != aval.shape:
+            raise ValueError(
+                f"{field} should be {aval.dtype} {aval.shape}, it is {array.dtype} {array.shape}"
+            )
+        found[field] = jnp.asarray(array)
+    return type(template)(**found) if hasattr(template, "_asdict") else ()
 
 
 def _disassemble(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], str]:
@@ -174,14 +209,13 @@ def _disassemble(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], str]:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(f"{name}: only arrays of numbers can be saved, got {kind}")
         return {name: np.asarray(leaf)}, ""
-    _refuse_nameless(name, leaf.format)
+    fields = _fields(name, leaf.format, leaf.qparams)
     parts = {f"{name}.codes": np.asarray(leaf.codes)}
-    if isinstance(leaf.qparams, QParams):
-        parts[f"{name}.scale"] = np.asarray(leaf.qparams.scale)
-        if not isinstance(leaf.qparams.zero_point, tuple):
-            parts[f"{name}.zero_point"] = np.asarray(leaf.qparams.zero_point)
+    parts |= {f"{name}.{field}": array for field, array in fields.items()}
     axes = ",".join(map(str, leaf.granularity.axis))
     group = "" if leaf.granularity.group is None else str(leaf.granularity.group)
+    if leaf.granularity.block is not None:
+        group = "x" + _size_text(leaf.granularity.block)
     fields = (leaf.format.name, axes, group, _size_text(leaf.shape), leaf.dtype)
     return parts, "|".join(fields)
 
@@ -194,13 +228,16 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split("x")) if text else ()
 
 
-def load(path: str | os.PathLike, *, like: Any = None) -> Checkpoint:
+def load(
+    path: str | os.PathLike, *, like: Any = None, formats: Iterable[Format] = ()
+) -> Checkpoint:
     """Reads a packed file.
 
     Args:
       path: a file that `save` wrote.
       like: a tree whose structure and paths `params` takes (NNX, Equinox, lists); None gives
         nested dicts, split at `/`.
+      formats: your own formats, which the file names; the library's need not be given.
 
     Returns:
       `Checkpoint(params, activations, metadata)`.
@@ -216,12 +253,13 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Checkpoint:
         raise ValueError(
             f"{path}: scheme version {found}, this program reads {VERSION} with a checksum"
         )
+    own = {format.name: format for format in formats}
     schemes = {k[5:]: metadata.pop(k) for k in list(metadata) if k.startswith("leaf:")}
     leaves, name = {}, "activations"
     try:
-        grids = _assemble_grids(metadata.get(name, ""), arrays)
+        grids = _assemble_grids(metadata.get(name, ""), arrays, own)
         for name, scheme in schemes.items():
-            leaves[name] = _assemble(name, scheme, arrays)
+            leaves[name] = _assemble(name, scheme, arrays, own)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         scheme = schemes.get(name, metadata.get(name))
         raise ValueError(f"{path}: {name}: its parts do not fit {scheme!r}: {error}") from error
@@ -243,15 +281,21 @@ def _take(arrays: dict[str, np.ndarray], name: str, dtype: Any) -> jax.Array:
     return jnp.asarray(array)
 
 
-def _assemble(name: str, scheme: str, arrays: dict[str, np.ndarray]) -> Any:
+def _assemble(
+    name: str, scheme: str, arrays: dict[str, np.ndarray], formats: Mapping[str, Format]
+) -> Any:
     format_name, axes, group, sizes, dtype, *rest = scheme.split("|")
     shape = _sizes(sizes)
     if dtype not in _FLOATS:
         raise ValueError(f"unknown dtype {dtype!r}")
     if format_name:
         axis = tuple(int(a) for a in axes.split(",")) if axes else ()
-        where = Granularity(axis, int(group) if group else None)
-        leaf = _assemble_codes(name, format_name, where, shape, dtype, arrays)
+        if group.startswith("x"):
+            where = Granularity(block=_sizes(group[1:]))
+        else:
+            where = Granularity(axis, int(group) if group else None)
+        format = _format(format_name, formats)
+        leaf = _assemble_codes(name, format, where, shape, dtype, arrays)
     else:
         leaf = _take(arrays, f"{name}.values", dtype)
     if rest:
@@ -261,15 +305,9 @@ def _assemble(name: str, scheme: str, arrays: dict[str, np.ndarray]) -> Any:
     return leaf
 
 
-def _assemble_codes(name, format_name, where, shape, dtype, arrays) -> QTensor:
-    format = parse(format_name)
-    qparams: Any = ()
-    if isinstance(format, Integer):
-        scale = _take(arrays, f"{name}.scale", jnp.float32)
-        zero = () if format.symmetric else _take(arrays, f"{name}.zero_point", jnp.uint8)
-        if scale.shape != where.scale_shape(shape):
-            raise ValueError(f"scales of shape {scale.shape}")
-        qparams = QParams(scale, zero)
+def _assemble_codes(name, format, where, shape, dtype, arrays) -> QTensor:
+    take = lambda field, template: arrays.pop(f"{name}.{field}")
+    qparams = _qparams(format, where.scale_shape(shape), take)
     codes = _take(arrays, f"{name}.codes", jnp.uint8)
     return QTensor(codes, qparams, format, where, shape, dtype)
 

@@ -1,29 +1,136 @@
 """Number formats: grids, codes, packing."""
 
-from jaxcompress.formats.base import Format, check_format, parse, predicted_bytes
-from jaxcompress.formats.bits import pack_bits, row_bytes, unpack_bits
+from jaxcompress.formats.base import (
+    Format,
+    bits_per_value,
+    check_format,
+    granularity_for,
+    predicted_bytes,
+)
+from jaxcompress.formats.bits import lanes, pack_bits, row_bytes, unpack_bits
+from jaxcompress.formats.block import (
+    float4_e2m1,
+    float6_e2m3,
+    float6_e3m2,
+    float8_e4m3,
+    float8_e5m2,
+    mxfp4,
+    mxfp6_e2m3,
+    mxfp6_e3m2,
+    mxfp8_e4m3,
+    mxfp8_e5m2,
+    mxint8,
+    nvfp4,
+    power_of_two,
+)
+from jaxcompress.formats.codebook import Levels, additive_power_of_two, codebook, nf4
 from jaxcompress.formats.fixed_point import FixedPoint, fixed_point
+from jaxcompress.formats.floating import FloatElement, IntElement
 from jaxcompress.formats.granularity import Granularity, granularity
-from jaxcompress.formats.integer import Integer, QParams, integer
-from jaxcompress.formats.rounding import clip_ste, round_ste, uniform_codes, uniform_ste
+from jaxcompress.formats.integer import Integer, integer
+from jaxcompress.formats.learned import Codebook, KMeans, k_means
+from jaxcompress.formats.names import parse
+from jaxcompress.formats.rounding import (
+    Rounding,
+    clip_ste,
+    clipped_ste,
+    half_away,
+    half_even,
+    identity_ste,
+    round_ste,
+    scaled_ste,
+    stochastic,
+    straight_through,
+    uniform_codes,
+    uniform_ste,
+)
+from jaxcompress.formats.scaled import Element, Scaled
+from jaxcompress.formats.scales import (
+    DoubledScale,
+    DoubleScale,
+    ExponentScale,
+    Float8Scale,
+    FloatScale,
+    PowerOfTwoScale,
+    QParams,
+    TensorScale,
+)
+from jaxcompress.formats.ternary import (
+    Binary,
+    Ternary,
+    TernaryScales,
+    binary,
+    ternary,
+    ternary_absmean,
+    ternary_ttq,
+)
 
 __all__ = [
+    "Binary",
+    "Codebook",
+    "DoubleScale",
+    "DoubledScale",
+    "Element",
+    "ExponentScale",
     "FixedPoint",
+    "Float8Scale",
+    "FloatElement",
+    "FloatScale",
     "Format",
     "Granularity",
+    "IntElement",
     "Integer",
+    "KMeans",
+    "Levels",
+    "PowerOfTwoScale",
     "QParams",
+    "Rounding",
+    "Scaled",
+    "TensorScale",
+    "Ternary",
+    "TernaryScales",
+    "additive_power_of_two",
+    "binary",
+    "bits_per_value",
     "check_format",
     "clip_ste",
+    "clipped_ste",
+    "codebook",
     "fixed_point",
+    "float4_e2m1",
+    "float6_e2m3",
+    "float6_e3m2",
+    "float8_e4m3",
+    "float8_e5m2",
     "granularity",
+    "granularity_for",
+    "half_away",
+    "half_even",
+    "identity_ste",
     "integer",
+    "k_means",
+    "lanes",
+    "mxfp4",
+    "mxfp6_e2m3",
+    "mxfp6_e3m2",
+    "mxfp8_e4m3",
+    "mxfp8_e5m2",
+    "mxint8",
+    "nf4",
+    "nvfp4",
     "pack_bits",
     "parse",
+    "power_of_two",
     "predicted_bytes",
     "round_ste",
     "row_bytes",
+    "scaled_ste",
+    "stochastic",
+    "straight_through",
+    "ternary",
+    "ternary_absmean",
+    "ternary_ttq",
+    "unpack_bits",
     "uniform_codes",
     "uniform_ste",
-    "unpack_bits",
 ]

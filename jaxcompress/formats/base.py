@@ -1,36 +1,60 @@
-"""What every number format offers, exact sizes, and formats by name."""
+"""What every number format offers, and exact sizes."""
 
 import math
-import re
 from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 
 from jaxcompress.formats.bits import row_bytes
-from jaxcompress.formats.fixed_point import fixed_point
-from jaxcompress.formats.granularity import Granularity
-from jaxcompress.formats.integer import integer
+from jaxcompress.formats.granularity import Granularity, granularity
+from jaxcompress.formats.rounding import Rounding
 
 
 @runtime_checkable
 class Format(Protocol):
     """A grid of numbers and their codes. Frozen and hashable: it is static under `jit`.
 
-    `qparams` are the arrays that place the grid, one entry per block, broadcast against the
-    blocked view of the data (`formats.Granularity`). `decode(encode(x, p), p)` must have the bits
-    of `fake_quant(x, p)`.
+    `qparams` are the arrays that place the grid, one entry per block of the blocked view of the
+    data (`formats.Granularity`, given as `where`). `decode(encode(x, p), p)` must have the bits
+    of `fake_quant(x, p)`. `metadata_bytes(blocks)` are the bytes of the qparams that ship. `group`
+    is the number of elements per scale where the caller does not say.
+
+    Two methods are optional: `fit(x, axes=, where=, dtype=)` finds the qparams of a blocked view
+    where a range is not what the format needs (means, centroids); `shipped(qparams)` drops what
+    only encoding needs.
     """
 
     @property
-    def bits(self) -> int: ...
+    def bits(self) -> float: ...
     @property
     def name(self) -> str: ...
     @property
-    def scale_bytes(self) -> int: ...
+    def group(self) -> int | None: ...
+    @property
+    def symmetric(self) -> bool: ...
+    def metadata_bytes(self, blocks: int) -> int: ...
     def qparams(self, low: Array, high: Array, *, dtype: Any = ...) -> Any: ...
-    def fake_quant(self, x: Array, qparams: Any) -> Array: ...
-    def encode(self, x: Array, qparams: Any) -> Array: ...
-    def decode(self, codes: Array, qparams: Any, *, dtype: Any = ...) -> Array: ...
+    def fake_quant(
+        self,
+        x: Array,
+        qparams: Any,
+        *,
+        where: Granularity = ...,
+        rounding: Rounding = ...,
+        key: Any = ...,
+    ) -> Array: ...
+    def encode(
+        self,
+        x: Array,
+        qparams: Any,
+        *,
+        where: Granularity = ...,
+        rounding: Rounding = ...,
+        key: Any = ...,
+    ) -> Array: ...
+    def decode(
+        self, codes: Array, qparams: Any, *, where: Granularity = ..., dtype: Any = ...
+    ) -> Array: ...
 
 
 def check_format(format: Any) -> None:
@@ -42,42 +66,62 @@ def check_format(format: Any) -> None:
         )
 
 
+def granularity_for(
+    format: Format,
+    axis: int | tuple[int, ...] | None = None,
+    group: int | None = None,
+    block: int | tuple[int, ...] | None = None,
+) -> Granularity:
+    """The granularity of the usual arguments; the format's own group where none is given.
+
+    >>> from jaxcompress.formats import mxfp4
+    >>> granularity_for(mxfp4(), axis=-1).group
+    32
+    """
+    if group is None and block is None:
+        group = format.group
+    return granularity(axis, group, block)
+
+
 def predicted_bytes(
     shape: tuple[int, ...], format: Format, where: Granularity, *, nnz: int | None = None
 ) -> int:
-    """Exact bytes of a packed array, computed, not packed: rows of codes, and the scales.
+    """Exact bytes of a packed array, computed, not packed: the codes, and the scales.
 
     With `nnz` of the codes not zero and a mask: one bit per element, one row of the codes kept,
     and the scales; or the dense form where that is not larger.
 
-    >>> from jaxcompress.formats import granularity
-    >>> predicted_bytes((3, 3, 16, 10), integer(4), granularity(-1))  # 144 rows of 5, 10 scales
+    >>> from jaxcompress.formats import granularity, integer
+    >>> predicted_bytes((3, 3, 16, 10), integer(4), granularity(-1))  # 720 of codes, 10 scales
     760
     """
-    rows, last = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
-    scales = math.prod(where.scale_shape(shape))
-    dense = rows * row_bytes(last, format.bits)
+    size = math.prod(shape)
+    codes = row_bytes(size, format.bits)
     if nnz is not None:
-        dense = min(dense, row_bytes(rows * last, 1) + row_bytes(nnz, format.bits))
-    return dense + scales * format.scale_bytes
+        codes = min(codes, row_bytes(size, 1) + row_bytes(nnz, format.bits))
+    return codes + format.metadata_bytes(math.prod(where.scale_shape(shape)))
 
 
-def parse(name: str) -> Format:
-    """The format of a name: `int4`, `int4_full`, `uint8`, `q2.5`.
+def bits_per_value(
+    format: Format, *, group: int | None = None, shape: tuple[int, ...] | None = None
+) -> float:
+    """Bits per value, scales and all other metadata included.
 
-    Raises:
-      ValueError: no such format; the message lists the forms.
+    Args:
+      group: elements per scale; default the format's own. Without any, one scale is shared by so
+        many that it counts nothing.
+      shape: of an array, for its exact bits; default: the limit of large arrays, where what is
+        stored once per array counts nothing.
 
-    >>> parse("uint4"), parse("q0.7").bits
-    (Integer(bits=4, symmetric=False, narrow=True), 8)
+    >>> from jaxcompress.formats import integer, mxfp4, nvfp4
+    >>> bits_per_value(mxfp4()), bits_per_value(nvfp4()), bits_per_value(integer(4), group=32)
+    (4.25, 4.5, 5.0)
     """
-    if match := re.fullmatch(r"(u?)int([1-8])(_full)?", name):
-        unsigned, bits, full = match.groups()
-        if not (unsigned and full):
-            return integer(int(bits), symmetric=not unsigned, narrow=not full)
-    if match := re.fullmatch(r"q(-?\d+)\.(-?\d+)", name):
-        return fixed_point(int(match[1]), int(match[2]))
-    raise ValueError(
-        f"unknown format {name!r}; known: int1 to int8, int1_full to int8_full (full range), "
-        "uint1 to uint8 (asymmetric), qM.N (fixed point)"
-    )
+    group = group or format.group
+    if shape is not None:
+        return 8 * predicted_bytes(shape, format, granularity(None, group)) / math.prod(shape)
+    if group is None:
+        return float(format.bits)
+    many = 2**16
+    per_block = (format.metadata_bytes(2 * many) - format.metadata_bytes(many)) / many
+    return format.bits + 8 * per_block / group

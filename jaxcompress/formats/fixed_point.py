@@ -6,7 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.formats.rounding import uniform_codes, uniform_ste
+from jaxcompress.formats.granularity import Granularity
+from jaxcompress.formats.rounding import Rounding, half_even, uniform_codes, uniform_ste
+
+_WHOLE = Granularity()
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,13 @@ class FixedPoint:
     integer_bits: int
     fraction_bits: int
 
-    scale_bytes = 0
+    group = None
+    symmetric = False  # one number more below zero
+
+    def metadata_bytes(self, blocks: int) -> int:
+        """No scales: 0."""
+        del blocks
+        return 0
 
     @property
     def bits(self) -> int:
@@ -44,21 +53,45 @@ class FixedPoint:
         low, high = self.bounds
         return jnp.float32(2.0**-self.fraction_bits), jnp.float32(low), jnp.float32(high)
 
-    def fake_quant(self, x: Array, qparams: tuple[()] = ()) -> Array:
+    def fake_quant(
+        self,
+        x: Array,
+        qparams: tuple[()] = (),
+        *,
+        where: Granularity = _WHOLE,
+        rounding: Rounding = half_even,
+        key: Array | None = None,
+    ) -> Array:
         """The nearest number of the grid, in x's dtype; straight-through inside the range."""
-        del qparams
-        return uniform_ste(x, *self._place()).astype(x.dtype)
+        del qparams, where
+        return uniform_ste(x, *self._place(), rounding=rounding, key=key).astype(x.dtype)
 
-    def encode(self, x: Array, qparams: tuple[()] = ()) -> Array:
+    def encode(
+        self,
+        x: Array,
+        qparams: tuple[()] = (),
+        *,
+        where: Granularity = _WHOLE,
+        rounding: Rounding = half_even,
+        key: Array | None = None,
+    ) -> Array:
         """Unsigned (two's complement) codes below 2**bits; uint8, or uint16 above 8 bits."""
-        del qparams
+        del qparams, where
         # q = clip(round(x * 2^n), -2^(m+n), 2^(m+n) - 1); a power of two divides exactly
-        q = uniform_codes(x, *self._place()).astype(jnp.int32) & (2**self.bits - 1)
+        q = uniform_codes(x, *self._place(), rounding=rounding, key=key)
+        q = q.astype(jnp.int32) & (2**self.bits - 1)
         return q.astype(jnp.uint8 if self.bits <= 8 else jnp.uint16)
 
-    def decode(self, codes: Array, qparams: tuple[()] = (), *, dtype: Any = jnp.float32) -> Array:
+    def decode(
+        self,
+        codes: Array,
+        qparams: tuple[()] = (),
+        *,
+        where: Granularity = _WHOLE,
+        dtype: Any = jnp.float32,
+    ) -> Array:
         """The numbers of the codes: exactly what `fake_quant` gave."""
-        del qparams
+        del qparams, where
         half = 2 ** (self.bits - 1)
         q = (codes.astype(jnp.int32) ^ half) - half
         return (q.astype(jnp.float32) * jnp.float32(2.0**-self.fraction_bits)).astype(dtype)

@@ -5,20 +5,18 @@ Integer-Arithmetic-Only Inference, CVPR 2018, arXiv 1712.05877, eq. 1 and sectio
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcompress.formats.rounding import clip_ste, uniform_codes, uniform_ste
+from jaxcompress.formats.granularity import Granularity
+from jaxcompress.formats.rounding import Rounding, half_even, uniform_codes, uniform_ste
+from jaxcompress.formats.scales import QParams, absmax_scale, finite
 
-
-class QParams(NamedTuple):
-    """What turns codes into numbers, one per block, broadcast against the blocked view."""
-
-    scale: Array  # float32
-    zero_point: Any = ()  # uint8, or () where the grid is symmetric
+_WHOLE = Granularity()
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,8 @@ class Integer:
     symmetric: bool = True
     narrow: bool = True
 
+    group = None
+
     @property
     def name(self) -> str:
         """`int4`, `int4_full` (full range), `uint4` (asymmetric); `formats.parse` reads it."""
@@ -41,10 +41,9 @@ class Integer:
             return f"uint{self.bits}"
         return f"int{self.bits}" if self.narrow else f"int{self.bits}_full"
 
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes of metadata per block: a float32 scale, and a uint8 zero point if asymmetric."""
-        return 4 if self.symmetric else 5
+    def metadata_bytes(self, blocks: int) -> int:
+        """Bytes of the scales of so many blocks: float32 each, and a uint8 zero point."""
+        return (4 if self.symmetric else 5) * blocks
 
     @property
     def bounds(self) -> tuple[Any, Any]:
@@ -72,14 +71,7 @@ class Integer:
             # In halves, which are exact: high - low may overflow.
             steps = qmax - qmin
             span, unit = high * 0.5 - low * 0.5, 2.0
-        # XLA divides by a constant through its reciprocal; written so, jit and eager agree.
-        static = isinstance(steps, int)
-        inverse = np.float32(unit / steps) if static else unit / steps.astype(jnp.float32)
-        scale = jnp.maximum(span * inverse, _smallest_scale(dtype))
-        # A few roundings: as many ulps more where the end of the range would fall off the grid.
-        for _ in range(3):
-            short = span * (unit / scale) > jnp.asarray(steps, jnp.float32)
-            scale = jnp.where(short, jnp.nextafter(scale, jnp.inf), scale)
+        scale = absmax_scale(span, steps, unit=unit, dtype=dtype)
         # NaN is not equal to itself: it goes into the scale, not for a block of zeros.
         scale = jnp.where(low == high, jnp.ones_like(scale), scale)
         if self.symmetric:
@@ -95,41 +87,58 @@ class Integer:
         zero = qparams.zero_point.astype(jnp.float32)
         return low - zero, high - zero
 
-    def fake_quant(self, x: Array, qparams: QParams) -> Array:
+    def fake_quant(
+        self,
+        x: Array,
+        qparams: QParams,
+        *,
+        where: Granularity = _WHOLE,
+        rounding: Rounding = half_even,
+        key: Array | None = None,
+    ) -> Array:
         """The nearest number of the grid, in x's dtype; straight-through inside the range."""
-        return _finite(uniform_ste(x, qparams.scale, *self._ends(qparams)), x.dtype)
+        p = _expanded(qparams, where, x.shape)
+        ends = self._ends(p)
+        return finite(uniform_ste(x, p.scale, *ends, rounding=rounding, key=key), x.dtype)
 
-    def encode(self, x: Array, qparams: QParams) -> Array:
+    def encode(
+        self,
+        x: Array,
+        qparams: QParams,
+        *,
+        where: Granularity = _WHOLE,
+        rounding: Rounding = half_even,
+        key: Array | None = None,
+    ) -> Array:
         """Unsigned codes below 2**bits, uint8."""
         # q = clip(round(x / S), q- - Z, q+ - Z)
-        q = uniform_codes(x, qparams.scale, *self._ends(qparams)).astype(jnp.int32)
+        p = _expanded(qparams, where, x.shape)
+        q = uniform_codes(x, p.scale, *self._ends(p), rounding=rounding, key=key)
+        q = q.astype(jnp.int32)
         if not self.symmetric:
-            return (q + qparams.zero_point.astype(jnp.int32)).astype(jnp.uint8)
+            return (q + p.zero_point.astype(jnp.int32)).astype(jnp.uint8)
         return (q & (2**self.bits - 1)).astype(jnp.uint8)
 
-    def decode(self, codes: Array, qparams: QParams, *, dtype: Any = jnp.float32) -> Array:
+    def decode(
+        self,
+        codes: Array,
+        qparams: QParams,
+        *,
+        where: Granularity = _WHOLE,
+        dtype: Any = jnp.float32,
+    ) -> Array:
         """The numbers of the codes: exactly what `fake_quant` gave."""
-        q = codes.astype(jnp.int32)
+        p, q = _expanded(qparams, where, codes.shape), codes.astype(jnp.int32)
         if self.symmetric:
             half = 2 ** (self.bits - 1)
             q = (q ^ half) - half
         else:
-            q = q - qparams.zero_point.astype(jnp.int32)
-        return _finite(q.astype(jnp.float32) * qparams.scale, dtype)
+            q = q - p.zero_point.astype(jnp.int32)
+        return finite(q.astype(jnp.float32) * p.scale, dtype)
 
 
-def _finite(x: Array, dtype: Any) -> Array:
-    # The end of a grid may round above the largest number of dtype, float16's 65504 for one.
-    largest = float(jnp.finfo(dtype).max)
-    return clip_ste(x, -largest, largest).astype(dtype)
-
-
-def _smallest_scale(dtype: Any) -> float:
-    # Below this the grid's numbers fall into the subnormals of dtype (flushed, or too coarse).
-    info = jnp.finfo(dtype)
-    if info.bits == 16 and info.nexp == 5:  # float16 keeps its subnormals
-        return 2 * float(info.smallest_subnormal)
-    return float(jnp.finfo(jnp.float32).tiny)
+def _expanded(qparams: QParams, where: Granularity, shape: tuple[int, ...]) -> QParams:
+    return jax.tree.map(lambda p: where.expand(p, shape), qparams)
 
 
 def integer(bits: int, *, symmetric: bool = True, narrow: bool = True) -> Integer:

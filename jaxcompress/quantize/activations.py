@@ -93,7 +93,7 @@ def activations(
         return calibrate.update(state, x, axes=tuple(range(x.ndim)), where=None)
 
     def place(x, state):
-        return Grid(format.qparams(*calibrate.range(state), dtype=x.dtype), format).snap(x)
+        return Grid(format.qparams(*calibrate.range(state, format), dtype=x.dtype), format).snap(x)
 
     def visit_train(tap, x, state):
         # Ranges are statistics: no gradient flows into them.
@@ -106,7 +106,7 @@ def activations(
     def grids(stats):
         found = {}
         for name, state in stats.items():
-            low, high = calibrate.range(state)
+            low, high = calibrate.range(state, format)
             refuse_non_finite(f"activations of {name!r} must have been observed, and", low, high)
             found[name] = Grid(format.qparams(low, high), format)
         return found

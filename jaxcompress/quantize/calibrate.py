@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.compressor import holds
+from jaxcompress.formats import Format
 
 
 class Calibrator(NamedTuple):
@@ -16,15 +18,33 @@ class Calibrator(NamedTuple):
       init: shape of the scales -> statistics, a pytree of arrays.
       update: (statistics, x, *, axes, where) -> statistics; x is a blocked view, `axes` are
         reduced, `where` (bool or None) leaves padding out. Works under jit.
-      merge: two statistics of disjoint data -> those of all of it (exact: shards, batches).
-      range: statistics -> (low, high), low <= 0 <= high; NaN where a number was not finite or
-        nothing was seen.
+      merge: two statistics of disjoint data -> those of all of it (shards, batches).
+      range: (statistics, format) -> (low, high), low <= 0 <= high; NaN where a number was not
+        finite or nothing was seen.
+      of: (x, format, *, axes, where) -> (low, high) of an array in hand, where that can be done
+        better than by statistics; None: by them.
     """
 
     init: Callable[[tuple[int, ...]], Any]
     update: Callable[..., Any]
     merge: Callable[[Any, Any], Any]
-    range: Callable[[Any], tuple[Array, Array]]
+    range: Callable[..., tuple[Array, Array]]
+    of: Callable[..., tuple[Array, Array]] | None = None
+
+
+def range_of(
+    calibrate: Calibrator,
+    x: Array,
+    format: Format,
+    *,
+    axes: tuple[int, ...],
+    where: Array | None = None,
+) -> tuple[Array, Array]:
+    """The range (low, high) of the blocks of a blocked view, each of the shape of the scales."""
+    if calibrate.of is not None:
+        return calibrate.of(x, format, axes=axes, where=where)
+    empty = calibrate.init(tuple(1 if a in axes else n for a, n in enumerate(x.shape)))
+    return calibrate.range(calibrate.update(empty, x, axes=axes, where=where), format)
 
 
 class MinMax(NamedTuple):
@@ -36,10 +56,24 @@ class MinMax(NamedTuple):
     seen: Array  # bool, shape of the scales
 
 
-def min_max() -> Calibrator:
-    """The whole range: low = min(x, 0), high = max(x, 0).
+def extremes(x: Array, *, axes: tuple[int, ...], where: Array | None = None) -> MinMax:
+    """The `MinMax` of a blocked view alone.
 
     `jnp.max` may drop NaN on CPU, so finiteness is tested on its own.
+    """
+    x = x.astype(jnp.float32)
+    x = x if where is None else jnp.where(where, x, 0.0)
+    finite = jnp.all(jnp.isfinite(x), axis=axes, keepdims=True)
+    return MinMax(
+        jnp.min(x, axis=axes, keepdims=True, initial=0.0),
+        jnp.max(x, axis=axes, keepdims=True, initial=0.0),
+        finite,
+        jnp.ones_like(finite),
+    )
+
+
+def min_max() -> Calibrator:
+    """The whole range: low = min(x, 0), high = max(x, 0).
 
     >>> c = min_max()
     >>> state = c.update(c.init((1,)), jnp.array([-1.0, 3.0]), axes=(0,))
@@ -53,14 +87,7 @@ def min_max() -> Calibrator:
         return MinMax(zeros, zeros, jnp.ones(shape, bool), jnp.zeros(shape, bool))
 
     def update(state, x, *, axes, where=None):
-        x = x.astype(jnp.float32)
-        seen = x if where is None else jnp.where(where, x, 0.0)
-        return MinMax(
-            jnp.minimum(state.low, jnp.min(seen, axis=axes, keepdims=True, initial=0.0)),
-            jnp.maximum(state.high, jnp.max(seen, axis=axes, keepdims=True, initial=0.0)),
-            state.finite & jnp.all(jnp.isfinite(seen), axis=axes, keepdims=True),
-            jnp.ones_like(state.seen),
-        )
+        return merge(state, extremes(x, axes=axes, where=where))
 
     def merge(a, b):
         return MinMax(
@@ -70,9 +97,88 @@ def min_max() -> Calibrator:
             a.seen | b.seen,
         )
 
-    def limits(state):
-        known = state.finite & state.seen
-        return jnp.where(known, state.low, jnp.nan), jnp.where(known, state.high, jnp.nan)
+    def limits(state, format=None):
+        del format
+        return known(state.low, state), known(state.high, state)
+
+    def of(x, format, *, axes, where=None):
+        if format.symmetric and len(axes) == 1 and x.shape[axes[0]] <= _SMALL:
+            span = _absmax_of_small_blocks(x, axes, where)
+            return -span, span
+        state = extremes(x, axes=axes, where=where)
+        return known(state.low, state), known(state.high, state)
+
+    return Calibrator(init, update, merge, limits, of)
+
+
+_SMALL = 256  # numbers of a block up to which XLA reduces integers as fast as floats on CPU
+
+
+def _absmax_of_small_blocks(x: Array, axes: tuple[int, ...], where: Array | None) -> Array:
+    # One reduction instead of three: as integers, magnitudes keep their order, and NaN and Inf
+    # are the largest of all.
+    x = x.astype(jnp.float32)
+    x = x if where is None else jnp.where(where, x, 0.0)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+    top = jnp.max(bits, axis=axes, keepdims=True, initial=0)
+    span = jax.lax.bitcast_convert_type(top, jnp.float32)
+    return jnp.where(top < jnp.uint32(0x7F800000), span, jnp.nan)
+
+
+def known(value: Array, state: Any) -> Array:
+    """`value` where all numbers were finite and there were any, else NaN."""
+    return jnp.where(state.finite & state.seen, value, jnp.nan)
+
+
+class MovingAverage(NamedTuple):
+    """Averages of the extremes of the batches so far."""
+
+    low: Array  # float32, shape of the scales
+    high: Array  # float32, shape of the scales
+    finite: Array  # bool, shape of the scales
+    seen: Array  # bool, shape of the scales
+    batches: Array  # int32, shape of the scales
+
+
+def moving_average(decay: float = 0.99) -> Calibrator:
+    """An exponential moving average of each batch's extremes: mean <- decay mean + (1-decay) new.
+
+    The first batch starts the average. Merging averages two of them by their numbers of batches:
+    for shards that saw equally many, their mean.
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.1.
+
+    Raises:
+      ValueError: decay outside [0, 1).
+    """
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
+
+    def init(shape):
+        zeros, no = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
+        return MovingAverage(zeros, zeros, ~no, no, jnp.zeros(shape, jnp.int32))
+
+    def update(state, x, *, axes, where=None):
+        new = extremes(x, axes=axes, where=where)
+        mix = lambda old, now: jnp.where(state.seen, decay * old + (1 - decay) * now, now)
+        return MovingAverage(
+            mix(state.low, new.low),
+            mix(state.high, new.high),
+            state.finite & new.finite,
+            new.seen,
+            state.batches + 1,
+        )
+
+    def merge(a, b):
+        total = a.batches + b.batches
+        share = a.batches.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
+        mix = lambda x, y: share * x + (1 - share) * y
+        return MovingAverage(
+            mix(a.low, b.low), mix(a.high, b.high), a.finite & b.finite, a.seen | b.seen, total
+        )
+
+    def limits(state, format=None):
+        del format
+        return known(state.low, state), known(state.high, state)
 
     return Calibrator(init, update, merge, limits)
 
