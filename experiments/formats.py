@@ -10,6 +10,7 @@ Results: experiments/results/formats.json, formats.png.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -54,6 +55,12 @@ CASES = {
     "mxfp4": ("mxfp4", None),
     "mxint8": ("mxint8", None),
     "nvfp4": ("nvfp4", None),
+}
+FAMILIES = {
+    "integers": r"u?int.*|q.*",
+    "floats": r"float.*|pot.*|apot.*",
+    "block formats": r"mx.*|nvfp4",
+    "codebooks, signs": r"nf4|kmeans.*|ternary.*|binary",
 }
 PER_TENSOR = ("kmeans4", "kmeans3")  # a table per channel would outweigh the codes
 
@@ -120,17 +127,20 @@ def main(args: Args, report: Report) -> dict[str, Any]:
 def draw(args: Args, figures: dict[str, Any], keys: list[str]) -> None:
     """Error against bits per weight of every format."""
     assert args.out is not None
-    with plot(args.out / "formats.png", size=(9, 5.5)) as axes:
-        for depth, marker in ((20, "o"), (32, "x")):
-            bits = [figures[f"{key}_resnet{depth}_bits_per_weight"] for key in keys]
-            errors = [figures[f"{key}_resnet{depth}_error"] for key in keys]
-            axes.plot(bits, errors, marker, label=f"ResNet-{depth}")
-        for key in keys:
-            at = figures[f"{key}_resnet20_bits_per_weight"], figures[f"{key}_resnet20_error"]
-            axes.annotate(key, at, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    with plot(args.out / "formats.png", size=(10, 6)) as axes:
+        for color, (family, pattern) in enumerate(FAMILIES.items()):
+            members = [key for key in keys if re.fullmatch(pattern, key)]
+            for depth, fill in ((20, "full"), (32, "none")):
+                bits = [figures[f"{key}_resnet{depth}_bits_per_weight"] for key in members]
+                errors = [figures[f"{key}_resnet{depth}_error"] for key in members]
+                label = f"{family}, ResNet-{depth}"
+                axes.plot(bits, errors, "o", color=f"C{color}", fillstyle=fill, label=label)
+            for key in members:
+                at = figures[f"{key}_resnet20_bits_per_weight"], figures[f"{key}_resnet20_error"]
+                axes.annotate(key, at, xytext=(5, 3), textcoords="offset points", fontsize=7)
         axes.set(xlabel="bits per weight, scales included", ylabel="relative squared error")
         axes.set_yscale("log")
-        axes.legend()
+        axes.legend(fontsize=7, ncols=2)
 
 
 if __name__ == "__main__":

@@ -301,7 +301,7 @@ def test_k_means_is_lloyds_algorithm():
     x = np.random.default_rng(8).normal(size=(50, 30)).astype(np.float32)
     levels = np.linspace(x.min(), x.max(), 16)
     levels[np.argmin(np.abs(levels))] = 0
-    for _ in range(30):
+    for _ in range(100):
         code = np.searchsorted((levels[1:] + levels[:-1]) / 2, x.ravel().astype(np.float64))
         for k in range(16):
             if (code == k).any():

@@ -156,7 +156,7 @@ def _lloyd(row: Array, valid: Array, k: int, iterations: int) -> Array:
     return jnp.where(known, levels, jnp.nan)
 
 
-def k_means(bits: int, *, iterations: int = 30) -> KMeans:
+def k_means(bits: int, *, iterations: int = 100) -> KMeans:
     """A learned codebook of 2**bits numbers per tensor or channel, found by k-means.
 
     Starts from evenly spaced levels, the best start according to the paper; the level nearest to
