@@ -10,7 +10,9 @@ import pytest
 
 import jaxcompress as jc
 from experiments import compress, data, quickstart
+from experiments import formats as formats_experiment
 from experiments._report import run
+from experiments.benchmarks import formats as formats_benchmark
 
 needs_cifar = pytest.mark.skipif(
     data.DATA_VARIABLE not in os.environ, reason=f"{data.DATA_VARIABLE} is not set: no CIFAR-10"
@@ -115,6 +117,22 @@ def test_compress_errors(capsys, tmp_path, flags, message):
     line = fails(compress, "compress", capsys, "--packed", str(file), *flags)
     assert re.search(message, line), line
     assert not file.exists()
+
+
+def test_formats_tables_and_their_keys(capsys, tmp_path):
+    row = call(formats_benchmark, "formats_benchmark", capsys, "--out", str(tmp_path))
+    assert {"int4_g32_pack_over_memcpy", "fake_quant_overhead", "memcpy_gb_per_s"} <= set(row)
+    assert json.loads((tmp_path / "formats_benchmark.json").read_text()) == row
+    line = fails(formats_benchmark, "formats_benchmark", capsys, "--size", "8")
+    assert "--size must be at least 32, got 8" in line
+
+
+@needs_cifar
+def test_formats_of_trained_weights(capsys, tmp_path):
+    row = call(formats_experiment, "formats", capsys, "--out", str(tmp_path))
+    assert 8 < row["int8_resnet20_bits_per_weight"] < 8.1
+    assert row["int8_resnet32_mse_error"] <= row["int8_resnet32_error"] < 1e-4
+    assert sorted(os.listdir(tmp_path)) == ["formats.json", "formats.png"]
 
 
 def test_a_truncated_packed_file_is_one_clear_error(tmp_path):

@@ -346,6 +346,36 @@ def test_bytes_in_memory_and_on_disk_are_the_predicted_bytes(name, tmp_path):
         assert back[key].format == format
 
 
+def test_grids_of_activations_are_saved_in_every_format(tmp_path):
+    apply_fn = lambda params, x: x @ params["w"]
+    params, x = {"w": jnp.eye(8)}, jnp.asarray(np.random.default_rng(12).normal(size=(4, 8)))
+    for name in ("uint8", "q2.5", "mxfp4", "nf4", "nvfp4", "kmeans3", "ternary_ttq", "float8_e5m2"):
+        act = quantize.activations(apply_fn, formats.parse(name))
+        grids = quantize.calibrate_activations(act, params, [(x,)])
+        path = tmp_path / "w.safetensors"
+        size = jc.export.save(path, params, activations=grids)
+        assert size.payload_bytes == 4 * 64 + grids["w"].format.metadata_bytes(1)
+        back = jc.export.load(path).activations
+        np.testing.assert_array_equal(
+            quantize.with_activations(apply_fn)(back, params, x), act.apply(grids, params, x)
+        )
+
+
+def test_pruned_weights_stay_zero_in_every_format_that_has_a_zero():
+    params = {"w": jnp.asarray(np.random.default_rng(13).normal(size=(40, 24)), jnp.float32)}
+    for name in ("uint4", "nf4", "ternary", "kmeans3", "float4_e2m1", "mxint8", "apot5", "pot3"):
+        format = formats.parse(name)
+        recipe = jc.chain(jc.prune.magnitude(0.9), quantize.weights(format, axis=-1))
+        state = recipe.init(params)
+        view, packed = recipe.apply(params, state), recipe.pack(params, state)
+        assert jc.prune.sparsity_of(view) >= 0.9
+        assert isinstance(packed["w"], jc.Masked)
+        np.testing.assert_array_equal(jc.unpack(packed)["w"], view["w"])
+        where = granularity_for(format, -1)
+        exact = formats.predicted_bytes((40, 24), format, where, nnz=packed["w"].nnz)
+        assert jc.packed_bytes(packed) == exact
+
+
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_codes_waste_no_bit(name):
     format = formats.parse(name)
