@@ -81,6 +81,7 @@ def test_quickstart_refuses_before_it_trains(capsys, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.broad
 @needs_cifar
 @pytest.mark.parametrize(
     "flags, most",
@@ -127,11 +128,12 @@ def test_formats_tables_and_their_keys(capsys, tmp_path):
     assert "--size must be at least 32, got 8" in line
 
 
+@pytest.mark.broad
 @needs_cifar
 def test_formats_of_trained_weights(capsys, tmp_path):
     row = call(formats_experiment, "formats", capsys, "--out", str(tmp_path))
     assert 8 < row["int8_resnet20_bits_per_weight"] < 8.1
-    assert row["int8_resnet32_mse_error"] <= row["int8_resnet32_error"] < 1e-4
+    assert row["int8_resnet20_mse_error"] <= row["int8_resnet20_error"] < 1e-4
     assert sorted(os.listdir(tmp_path)) == ["formats.json", "formats.png"]
 
 

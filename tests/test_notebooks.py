@@ -26,6 +26,7 @@ def test_notebook_is_prose_and_calls(path):
             assert len(cell.source.splitlines()) <= 15
 
 
+@pytest.mark.broad
 @pytest.mark.filterwarnings("ignore")  # of the Jupyter client, about event loops and sockets
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):

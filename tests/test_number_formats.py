@@ -1,5 +1,6 @@
 """Every number format against an independent reference: ml_dtypes, closed forms, the papers."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -141,7 +142,7 @@ def test_nvfp4_error_does_not_depend_on_the_size_of_the_weights():
     assert max(errors) / min(errors) < 1.01
 
 
-NORMAL = jnp.asarray(np.random.default_rng(4).normal(size=(2**16, 128)), jnp.float32)
+NORMAL = jnp.asarray(np.random.default_rng(4).normal(size=(2**14, 128)), jnp.float32)
 
 
 def relative_error(format, x=NORMAL, **where):
@@ -327,7 +328,6 @@ def test_bytes_in_memory_and_on_disk_are_the_predicted_bytes(name, tmp_path):
     params = {
         "conv": jnp.asarray(rng.normal(size=(3, 3, 5, 7)), jnp.float32),
         "dense": jnp.asarray(rng.normal(size=(70, 13)), jnp.bfloat16),
-        "bias": jnp.asarray(rng.normal(size=(13,)), jnp.float32),
     }
     comp = quantize.weights(format, axis=-1)
     state = comp.init(params)
@@ -380,7 +380,7 @@ def test_pruned_weights_stay_zero_in_every_format_that_has_a_zero():
 def test_codes_waste_no_bit(name):
     format = formats.parse(name)
     x = jnp.asarray(np.random.default_rng(10).normal(size=(9, 11)), jnp.float32)
-    packed = stored(x, format)
+    packed = jax.eval_shape(lambda x: stored(x, format), x)
     bits = 8 / 5 if name.startswith("ternary") else format.bits
     assert packed.codes.size == int(np.ceil(round(99 * bits / 8, 9)))
 
