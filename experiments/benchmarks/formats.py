@@ -1,7 +1,7 @@
 """How fast are weights quantized and packed, and what does fake quantization add to training?
 
 Command   python -m experiments.benchmarks.formats --json
-Device    CPU, 2 cores of an AMD EPYC (5th generation); three minutes
+Device    CPU, 2 cores of an AMD EPYC (5th generation); a minute
 Result    experiments/results/formats_benchmark.json
 
 A matrix of 64 MiB goes from float32 to packed codes and scales (ranges found, values encoded, codes
