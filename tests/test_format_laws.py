@@ -84,7 +84,7 @@ def laws(name, where, calibrator):
     def grid(p):
         """The numbers of all codes [2**bits, *SHAPE], float32; NaN where a code is never given."""
         count = 3 if format.bits == 1.6 else 2 ** int(format.bits)
-        shipped = getattr(format, "shipped", lambda p: p)(p)
+        shipped = formats.shipped(format, p)
         decode = functools.partial(format.decode, qparams=shipped, where=place["granularity"])
         codes = jnp.arange(count, dtype=jnp.int32)[:, None, None]
         levels = jax.vmap(decode)(jnp.broadcast_to(codes, (count, *SHAPE)))

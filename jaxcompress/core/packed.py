@@ -20,6 +20,7 @@ from jaxcompress.formats import (
     lanes,
     pack_bits,
     row_bytes,
+    shipped,
     unpack_bits,
 )
 
@@ -140,9 +141,8 @@ def quantize(
     """Packs an array; `unpack` gives `format.fake_quant` of it, bit for bit. Works under `jit`."""
     how = {"format": format, "granularity": granularity, "rounding": rounding}
     packed = _packed_codes(x, qparams, key, **how)
-    shipped = getattr(format, "shipped", lambda p: p)(qparams)
     name = jnp.dtype(dtype or x.dtype).name
-    return QTensor(packed, shipped, format, granularity, tuple(x.shape), name)
+    return QTensor(packed, shipped(format, qparams), format, granularity, tuple(x.shape), name)
 
 
 def _rows(shape: tuple[int, ...], bits: float) -> tuple[int, ...]:

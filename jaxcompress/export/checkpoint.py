@@ -23,7 +23,7 @@ from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, kept, pack
 from jaxcompress.core.paths import leaves_with_paths, near_misses, refuse_twins
 from jaxcompress.export import container
 from jaxcompress.export.files import replacing
-from jaxcompress.formats import Format, Granularity, parse
+from jaxcompress.formats import Format, Granularity, parse, shipped
 
 VERSION = "2"
 _ROOT = "(array)"  # the name of a tree that is one array
@@ -181,8 +181,8 @@ def _fields(name: str, format: Format, qparams: Any) -> dict[str, np.ndarray]:
 def _qparams(format: Format, scale_shape: tuple[int, ...], take: Any) -> Any:
     """The qparams of a format from arrays that `take(field, shape and dtype)` finds."""
     ends = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
-    ship = getattr(format, "shipped", lambda p: p)
-    template = jax.eval_shape(lambda low, high: ship(format.qparams(low, high)), ends, ends)
+    ship = lambda low, high: shipped(format, format.qparams(low, high))
+    template = jax.eval_shape(ship, ends, ends)
     found = {}
     for field, aval in template._asdict().items() if hasattr(template, "_asdict") else ():
         if is_absent(aval):

@@ -6,6 +6,7 @@ from jaxcompress.formats.base import (
     check_format,
     granularity_for,
     predicted_bytes,
+    shipped,
 )
 from jaxcompress.formats.bits import lanes, pack_bits, row_bytes, unpack_bits
 from jaxcompress.formats.block import (
@@ -125,6 +126,7 @@ __all__ = [
     "round_ste",
     "row_bytes",
     "scaled_ste",
+    "shipped",
     "stochastic",
     "straight_through",
     "ternary",

@@ -66,6 +66,12 @@ def check_format(format: Any) -> None:
         )
 
 
+def shipped(format: Format, qparams: Any) -> Any:
+    """The part of the qparams that decoding needs, and that ships: `format.shipped`, if any."""
+    drop = getattr(format, "shipped", None)
+    return qparams if drop is None else drop(qparams)
+
+
 def granularity_for(
     format: Format,
     axis: int | tuple[int, ...] | None = None,

@@ -29,6 +29,16 @@ def row_bytes(count: int, bits: float) -> int:
     return -(-count // 5) if bits == TRIT else -(-count * int(bits) // 8)
 
 
+def signed(codes: Array, bits: int) -> Array:
+    """Two's complement codes of `bits` bits as int32.
+
+    >>> print(signed(jnp.array([1, 7, 8, 15], jnp.uint8), 4))
+    [ 1  7 -8 -1]
+    """
+    half = 2 ** (bits - 1)
+    return (codes.astype(jnp.int32) ^ half) - half
+
+
 def _check_bits(bits: float) -> None:
     if bits != TRIT and not (1 <= bits <= 16 and bits == int(bits)):
         raise ValueError(f"bits must be 1 to 16 or {TRIT} (trits), got {bits}")

@@ -36,8 +36,12 @@ def unit_for(top: Array) -> tuple[Array, Array]:
     """A power of two that brings numbers up to `top` below 2**24, and its inverse."""
     exponent = (jax.lax.bitcast_convert_type(top, jnp.int32) >> 23) - 127
     shift = jnp.clip(23 - exponent, -104, 126)
-    power = lambda e: jax.lax.bitcast_convert_type((e + 127) << 23, jnp.float32)
-    return power(shift), power(-shift)
+    return power_of_two(shift), power_of_two(-shift)
+
+
+def power_of_two(exponent: Array) -> Array:
+    """2**exponent, float32, exact; exponents (int32) from -126 to 127."""
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def split_limbs(x: Array, up: Array) -> list[Array]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from jaxcompress.formats.bits import signed
 from jaxcompress.formats.granularity import Granularity
 from jaxcompress.formats.rounding import Rounding, half_even, uniform_codes, uniform_ste
 
@@ -92,8 +93,7 @@ class FixedPoint:
     ) -> Array:
         """The numbers of the codes: exactly what `fake_quant` gave."""
         del qparams, where
-        half = 2 ** (self.bits - 1)
-        q = (codes.astype(jnp.int32) ^ half) - half
+        q = signed(codes, self.bits)
         return (q.astype(jnp.float32) * jnp.float32(2.0**-self.fraction_bits)).astype(dtype)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxcompress.formats.bits import signed
 from jaxcompress.formats.rounding import Rounding, clip_ste, half_even
 
 
@@ -178,6 +179,4 @@ class IntElement:
 
     def decode(self, codes: Array) -> Array:
         """The numbers of the codes, float32."""
-        half = 2 ** (self.bits - 1)
-        signed = (codes.astype(jnp.int32) ^ half) - half
-        return signed.astype(jnp.float32) * 2.0**-self.fraction_bits
+        return signed(codes, self.bits).astype(jnp.float32) * 2.0**-self.fraction_bits

@@ -181,6 +181,16 @@ class Granularity:
         return tuple(n if a in channels else 1 for a, n in enumerate(shape))
 
 
+def block_rows(blocked: Array, axes: tuple[int, ...]) -> Array:
+    """[blocks, n]: the numbers of each block of a blocked view whose `axes` are reduced.
+
+    The blocks are in the order of the scales.
+    """
+    kept = [a for a in range(blocked.ndim) if a not in axes]
+    count, size = (math.prod(blocked.shape[a] for a in part) for part in (kept, axes))
+    return jnp.transpose(blocked, (*kept, *axes)).reshape(count, size)
+
+
 def granularity(
     axis: int | tuple[int, ...] | None = None,
     group: int | None = None,

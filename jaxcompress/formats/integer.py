@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxcompress.formats.bits import signed
 from jaxcompress.formats.granularity import Granularity
 from jaxcompress.formats.rounding import Rounding, half_even, uniform_codes, uniform_ste
 from jaxcompress.formats.scales import QParams, absmax_scale, finite
@@ -128,12 +129,11 @@ class Integer:
         dtype: Any = jnp.float32,
     ) -> Array:
         """The numbers of the codes: exactly what `fake_quant` gave."""
-        p, q = _expanded(qparams, where, codes.shape), codes.astype(jnp.int32)
+        p = _expanded(qparams, where, codes.shape)
         if self.symmetric:
-            half = 2 ** (self.bits - 1)
-            q = (q ^ half) - half
+            q = signed(codes, self.bits)
         else:
-            q = q - p.zero_point.astype(jnp.int32)
+            q = codes.astype(jnp.int32) - p.zero_point.astype(jnp.int32)
         return finite(q.astype(jnp.float32) * p.scale, dtype)
 
 

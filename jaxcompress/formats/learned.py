@@ -10,11 +10,10 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.formats.exact import from_limbs, split_limbs, unit_for
-from jaxcompress.formats.granularity import Granularity
+from jaxcompress.formats.granularity import Granularity, block_rows
 from jaxcompress.formats.lookup import Table
-from jaxcompress.formats.rounding import Rounding, half_even
-from jaxcompress.formats.scales import shortened
-from jaxcompress.formats.ternary import through
+from jaxcompress.formats.rounding import Rounding, half_even, identity_ste
+from jaxcompress.formats.scales import finite, shortened
 
 _WHOLE = Granularity()
 
@@ -51,18 +50,14 @@ class KMeans:
 
     def fit(self, x: Array, *, axes: tuple[int, ...], where: Array | None, dtype: Any) -> Codebook:
         """Lloyd's algorithm on the blocks of a blocked view, from evenly spaced levels."""
-        kept = tuple(a for a in range(x.ndim) if a not in axes)
-        rows = jnp.transpose(x.astype(jnp.float32), (*kept, *axes))
-        valid = jnp.ones((1,) * x.ndim, bool) if where is None else where
-        valid = jnp.transpose(jnp.broadcast_to(valid, x.shape), (*kept, *axes))
-        blocks = tuple(rows.shape[: len(kept)])
         scale_shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-        shape = (math.prod(blocks), math.prod(x.shape[a] for a in axes))
-        if not shape[0]:
+        valid = jnp.ones((1,) * x.ndim, bool) if where is None else where
+        rows = block_rows(x.astype(jnp.float32), axes)
+        valid = block_rows(jnp.broadcast_to(valid, x.shape), axes)
+        if not len(rows):
             return Codebook(jnp.zeros((*scale_shape, 2**self.bits), jnp.float32))
         lloyd = jax.vmap(lambda row, ok: _lloyd(row, ok, 2**self.bits, self.iterations))
-        # Kept axes are in order: putting the reduced ones back as 1 is a reshape.
-        table = lloyd(rows.reshape(shape), valid.reshape(shape))
+        table = lloyd(rows, valid)
         return Codebook(_storable(table.reshape(*scale_shape, 2**self.bits), dtype))
 
     def _table(self, qparams, where, shape):
@@ -83,7 +78,8 @@ class KMeans:
         """The nearest centroid, in x's dtype; the gradient is 1 everywhere."""
         table, fixed = self._table(qparams, where, x.shape), jax.lax.stop_gradient(x)
         codes = table.nearest(fixed.astype(jnp.float32), rounding=rounding, key=key)
-        return through(x, jnp.where(jnp.isnan(fixed), jnp.nan, table.at(codes)))
+        value = jnp.where(jnp.isnan(fixed), jnp.nan, table.at(codes))
+        return identity_ste(x, finite(value, x.dtype))
 
     def encode(
         self,

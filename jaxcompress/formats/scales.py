@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcompress.formats.exact import exact_sum
+from jaxcompress.formats.bits import signed
+from jaxcompress.formats.exact import exact_sum, power_of_two
 from jaxcompress.formats.floating import E4M3
 from jaxcompress.formats.rounding import clip_ste, over_scale
 
@@ -98,11 +99,6 @@ class FloatScale:
         return levels * scale
 
 
-def _power_of_two(exponent: Array) -> Array:
-    # 2**exponent from the bits; -126 to 127
-    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
-
-
 @dataclass(frozen=True)
 class PowerOfTwoScale:
     """One byte per block: 2**clip(floor(log2(span)) - emax, -127, 127), OCP Microscaling v1.0, 6.3.
@@ -144,7 +140,7 @@ class PowerOfTwoScale:
         # In two factors: 2**-127 is subnormal, which XLA takes for zero.
         power = sign * (exponent.astype(jnp.int32) - 127)
         half = power >> 1
-        scaled = x * _power_of_two(half) * _power_of_two(power - half)
+        scaled = x * power_of_two(half) * power_of_two(power - half)
         return jnp.where(exponent == 255, jnp.nan, scaled)
 
 
@@ -224,8 +220,8 @@ class DoubledScale:
     def open(self, qparams: DoubleScale) -> Array:
         """What `divide` and `multiply` take, one per block."""
         code = qparams.scale_int8
-        signed = ((code.astype(jnp.int32) ^ 128) - 128).astype(jnp.float32)
-        flat = self._runs(signed.reshape(-1)) * qparams.step[:, None] + qparams.mean[:, None]
+        centred = signed(code, 8).astype(jnp.float32)
+        flat = self._runs(centred.reshape(-1)) * qparams.step[:, None] + qparams.mean[:, None]
         scale = flat.reshape(-1)[: code.size].reshape(code.shape)
         return jnp.maximum(scale, float(jnp.finfo(jnp.float32).tiny))
 

@@ -1,4 +1,7 @@
-"""Ternary and binary weights: a sign, or a sign and zero, times a mean magnitude."""
+"""Ternary and binary weights: a sign, or a sign and zero, times a mean magnitude.
+
+Their outer levels are means of all beyond: nothing saturates, and the gradient is 1 everywhere.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,11 +14,10 @@ from jax import Array
 from jaxcompress.formats.bits import TRIT
 from jaxcompress.formats.exact import exact_sum
 from jaxcompress.formats.granularity import Granularity
-from jaxcompress.formats.rounding import Rounding, half_even, straight_through
+from jaxcompress.formats.rounding import Rounding, half_even, identity_ste
 from jaxcompress.formats.scales import finite
 
 _WHOLE = Granularity()
-_RULES = ("twn", "absmean", "ttq")
 
 
 class TernaryScales(NamedTuple):
@@ -41,13 +43,6 @@ def _as_float(x: Array, where: Array | None) -> tuple[Array, Array]:
     x = x.astype(jnp.float32)
     valid = jnp.ones((1,) * x.ndim, bool) if where is None else where
     return jnp.where(valid, x, 0.0), jnp.broadcast_to(valid, x.shape)
-
-
-def through(x: Array, value: Array) -> Array:
-    """`value` in x's dtype; the derivative by x is 1 everywhere."""
-    # The outer levels are means of all beyond: nothing saturates, the gradient is 1 everywhere.
-    value = jax.lax.stop_gradient(finite(value, x.dtype))
-    return straight_through(x, value, jnp.ones((), bool))
 
 
 @dataclass(frozen=True)
@@ -108,26 +103,28 @@ class Ternary:
         """What decoding needs: the scales without the threshold."""
         return qparams._replace(threshold=())
 
+    def _sides(self, qparams, where, shape):
+        # the scales of the positive and of the negative numbers, against an array of `shape`
+        scale = where.expand(qparams.scale, shape)
+        one = isinstance(qparams.negative, tuple)
+        return scale, scale if one else where.expand(qparams.negative, shape)
+
     def _signs(self, x, qparams, where, rounding, key):
-        # -1, 0 or 1, float32; and the scales of either sign
-        scale = where.expand(qparams.scale, x.shape)
-        negative = scale
-        if not isinstance(qparams.negative, tuple):
-            negative = where.expand(qparams.negative, x.shape)
+        # -1, 0 or 1, float32
         x = x.astype(jnp.float32)
+        scale, negative = self._sides(qparams, where, x.shape)
         side = jnp.where(x < 0, negative, scale)
-        if rounding is half_even or isinstance(qparams.threshold, tuple):
-            cut = 0.5 * side
-            if not isinstance(qparams.threshold, tuple):
-                cut = where.expand(qparams.threshold, x.shape)
+        halfway = isinstance(qparams.threshold, tuple)
+        if rounding is half_even:
+            cut = 0.5 * side if halfway else where.expand(qparams.threshold, x.shape)
             inside = jnp.abs(x) > cut
-            if rounding is not half_even:
-                u = jnp.abs(x) * jnp.where(side > 0, 1.0 / side, 0.0)
-                inside = rounding(jnp.minimum(u, 1.0), key) > 0
+        elif halfway:
+            u = jnp.abs(x) * jnp.where(side > 0, 1.0 / side, 0.0)
+            inside = rounding(jnp.minimum(u, 1.0), key) > 0
         else:
             raise ValueError(f"{self.name} cuts at its own threshold: only half_even rounding")
         sign = jnp.where(inside & (side > 0), jnp.where(x < 0, -1.0, 1.0), 0.0)
-        return jnp.where(jnp.isnan(x) | jnp.isnan(side), jnp.nan, sign), scale, negative
+        return jnp.where(jnp.isnan(x) | jnp.isnan(side), jnp.nan, sign)
 
     def fake_quant(
         self,
@@ -139,8 +136,9 @@ class Ternary:
         key: Array | None = None,
     ) -> Array:
         """-negative, 0 or scale, in x's dtype; the gradient is 1 everywhere."""
-        sign, scale, negative = self._signs(jax.lax.stop_gradient(x), qparams, where, rounding, key)
-        return through(x, _of_sign(sign, scale, negative))
+        sign = self._signs(jax.lax.stop_gradient(x), qparams, where, rounding, key)
+        value = _of_sign(sign, *self._sides(qparams, where, x.shape))
+        return identity_ste(x, finite(value, x.dtype))
 
     def encode(
         self,
@@ -152,9 +150,8 @@ class Ternary:
         key: Array | None = None,
     ) -> Array:
         """Codes 0 (zero), 1 (scale), 2 (-negative), uint8."""
-        sign, *_ = self._signs(x, qparams, where, rounding, key)
-        code = jnp.where(sign > 0, jnp.uint8(1), jnp.where(sign < 0, jnp.uint8(2), jnp.uint8(0)))
-        return code
+        sign = self._signs(x, qparams, where, rounding, key)
+        return jnp.where(sign > 0, jnp.uint8(1), jnp.where(sign < 0, jnp.uint8(2), jnp.uint8(0)))
 
     def decode(
         self,
@@ -165,11 +162,8 @@ class Ternary:
         dtype: Any = jnp.float32,
     ) -> Array:
         """The numbers of the codes: exactly what `fake_quant` gave."""
-        scale = negative = where.expand(qparams.scale, codes.shape)
-        if not isinstance(qparams.negative, tuple):
-            negative = where.expand(qparams.negative, codes.shape)
         sign = jnp.where(codes == 1, 1.0, jnp.where(codes == 2, -1.0, 0.0))
-        return finite(_of_sign(sign, scale, negative), dtype)
+        return finite(_of_sign(sign, *self._sides(qparams, where, codes.shape)), dtype)
 
 
 def _of_sign(sign, scale, negative):
@@ -215,7 +209,8 @@ class Binary:
         """scale where x >= 0, else -scale, in x's dtype; the gradient is 1 everywhere."""
         scale = where.expand(qparams.scale, x.shape)
         up = self._up(jax.lax.stop_gradient(x), scale, rounding, key)
-        return through(x, jnp.where(jnp.isnan(x), jnp.nan, jnp.where(up, scale, -scale)))
+        value = jnp.where(jnp.isnan(x), jnp.nan, jnp.where(up, scale, -scale))
+        return identity_ste(x, finite(value, x.dtype))
 
     def _up(self, x, scale, rounding, key):
         if rounding is half_even:

@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxcompress.formats import FixedPoint, Format, Integer
 from jaxcompress.formats.exact import exact_sum
+from jaxcompress.formats.granularity import block_rows
 from jaxcompress.quantize import histogram
 from jaxcompress.quantize.calibrate import Calibrator, extremes, known
 
@@ -100,18 +101,15 @@ def percentile(percent: float = 99.99) -> Calibrator:
 
 def _ranked(x: Array, where: Any, count: Any, percent: float, axes: tuple[int, ...]) -> Array:
     # the ceil(percent / 100 * count)-th smallest valid number of each block, axes kept
-    kept = [a for a in range(x.ndim) if a not in axes]
-    x = x if where is None else jnp.where(where, x, jnp.inf)
-    rows = jnp.transpose(x, (*kept, *axes)).reshape(*(x.shape[a] for a in kept), -1)
+    rows = block_rows(x if where is None else jnp.where(where, x, jnp.inf), axes)
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
     if rows.shape[-1] == 0:
         return jnp.zeros(shape, jnp.float32)
+    rows = jnp.sort(rows, axis=-1)
     if isinstance(count, int):
-        found = jnp.sort(rows, axis=-1)[..., max(math.ceil(percent / 100 * count) - 1, 0)]
-        return found.reshape(shape)
+        return rows[:, max(math.ceil(percent / 100 * count) - 1, 0)].reshape(shape)
     rank = jnp.ceil(count.astype(jnp.float32) * (percent / 100)).astype(jnp.int32) - 1
-    flat = jnp.sort(rows, axis=-1).reshape(-1, rows.shape[-1])
-    return jnp.take_along_axis(flat, jnp.maximum(rank, 0).reshape(-1, 1), axis=1).reshape(shape)
+    return jnp.take_along_axis(rows, jnp.maximum(rank, 0).reshape(-1, 1), axis=1).reshape(shape)
 
 
 def _bin_end(state: Any, counts: Array, percent: float) -> Array:

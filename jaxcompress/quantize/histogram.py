@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxcompress.formats.granularity import block_rows
 from jaxcompress.quantize.calibrate import extremes
 
 BINS = 2048  # on either side of zero
@@ -67,11 +68,9 @@ def update(state: Histogram, x: Array, *, axes: tuple[int, ...], where=None) -> 
 
 def _counted(index: Array, valid: Array, axes: tuple[int, ...]) -> Array:
     # counts [blocks, 2 * BINS]
-    kept = [a for a in range(index.ndim) if a not in axes]
-    blocks = math.prod(index.shape[a] for a in kept)
-    order = (*kept, *axes)
-    rows = jnp.transpose(index, order).reshape(blocks, -1)
-    valid = jnp.transpose(jnp.broadcast_to(valid, index.shape), order).reshape(blocks, -1)
+    rows = block_rows(index, axes)
+    valid = block_rows(jnp.broadcast_to(valid, index.shape), axes)
+    blocks = rows.shape[0]
     first = jnp.arange(blocks, dtype=jnp.int32)[:, None] * (2 * BINS)
     flat = jnp.where(valid, first + rows, blocks * 2 * BINS)
     counts = jnp.zeros(blocks * 2 * BINS, jnp.uint32)
