@@ -108,7 +108,7 @@ def test_depthwise_convolutions_have_their_own_rate():
     got = cost.estimate(separable, params, SHAPE((1, 4, 4, 8), jnp.int8), device="stm32l4r5")
     assert [(layer.op, layer.macs) for layer in got.layers] == [
         ("depthwise", 16 * 8 * 9),
-        ("conv", 16 * 8 * 4),
+        ("pointwise", 16 * 8 * 4),
     ]
     assert got.layers[0].compute_s == 1152 / (120e6 / 1.815)
 

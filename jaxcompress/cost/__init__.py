@@ -2,16 +2,18 @@
 
 from jaxcompress.cost.device import Device, device, devices
 from jaxcompress.cost.energy import IdealEnergy, ideal_energy
-from jaxcompress.cost.estimate import estimate
+from jaxcompress.cost.estimate import Counts, counts, estimate
 from jaxcompress.cost.report import table
 from jaxcompress.cost.result import Cost, Fit, LayerCost
 
 __all__ = [
     "Cost",
+    "Counts",
     "Device",
     "Fit",
     "IdealEnergy",
     "LayerCost",
+    "counts",
     "device",
     "devices",
     "estimate",

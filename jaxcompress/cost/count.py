@@ -9,11 +9,17 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxcompress.core.packed import Masked, QTensor, is_packed, packed_bytes
-from jaxcompress.core.paths import leaves_with_paths, near_misses
+from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.cost import dtypes
+from jaxcompress.cost.device import Device, Quantity
+from jaxcompress.cost.kernels import Kernel
 from jaxcompress.cost.latency import Load, kept_fraction
+from jaxcompress.cost.operations import total, unruled, work
+from jaxcompress.cost.types import ActivationTypes
 from jaxcompress.formats import row_bytes
-from jaxcompress.graph import Graph, Site
+from jaxcompress.graph import Site
+from jaxcompress.graph.inline import Op
+from jaxcompress.graph.sites import size
 
 
 class Stored(NamedTuple):
@@ -43,7 +49,7 @@ def stored(packed: Any) -> dict[str, Stored]:
 
 
 def _stored(path: str, leaf: Any) -> Stored:
-    size, total = math.prod(leaf.shape), packed_bytes(leaf)
+    elements, stored_bytes = math.prod(leaf.shape), packed_bytes(leaf)
     values = leaf.values if isinstance(leaf, Masked) else leaf
     if isinstance(values, QTensor):
         dtype, bits = dtypes.of_format(values.format)
@@ -51,10 +57,10 @@ def _stored(path: str, leaf: Any) -> Stored:
     else:
         (dtype, bits), metadata = dtypes.of_array(values.dtype), 0
     if not isinstance(leaf, Masked):
-        return Stored(path, total, total, size, dtype, bits, 1.0, leaf)
+        return Stored(path, stored_bytes, stored_bytes, elements, dtype, bits, 1.0, leaf)
     stored_bits = values.format.bits if isinstance(values, QTensor) else bits
-    dense = row_bytes(size, stored_bits) + metadata
-    return Stored(path, total, dense, size, dtype, bits, leaf.density, leaf)
+    dense = row_bytes(elements, stored_bits) + metadata
+    return Stored(path, stored_bytes, dense, elements, dtype, bits, leaf.density, leaf)
 
 
 def op_class(site: Site) -> str:
@@ -62,85 +68,19 @@ def op_class(site: Site) -> str:
     if site.primitive == "dot_general":
         return "matmul" if site.weight is None else "dense"
     rhs_in = site.config["dimension_numbers"].rhs_spec[1]
-    one_each = site.operands[1].shape[rhs_in] == 1
-    return "depthwise" if site.config["feature_group_count"] > 1 and one_each else "conv"
+    kernel = site.operands[1].shape
+    if site.config["feature_group_count"] > 1 and kernel[rhs_in] == 1:
+        return "depthwise"
+    taps = math.prod(kernel[i] for i in site.config["dimension_numbers"].rhs_spec[2:])
+    return "pointwise" if taps == 1 else "conv"
 
 
-class ActivationTypes:
-    """Number type and bits of the activation operands and outputs of a graph's sites.
-
-    `activations`: None (the traced dtypes), a number of bits, a format, or a mapping from names
-    of taps or sites to bits or formats. Bits below those of the traced dtype mean an integer. An
-    output has the type of its site's operands if that was given, the wider of two, else the
-    traced one.
-
-    Raises:
-      ValueError: a name that is neither a tap nor a site; bits outside 1 to 64.
-    """
-
-    def __init__(self, graph: Graph, activations: Any):
-        self.taps = {(tap.site.name, tap.operand): tap.name for tap in graph.taps}
-        self.every, self.named = activations, {}
-        if isinstance(activations, Mapping):
-            self.every, self.named = None, dict(activations)
-            known = {*self.taps.values(), *(site.name for site in graph.sites)}
-            for name in self.named:
-                if name not in known:
-                    nearest = ", ".join(map(repr, near_misses(str(name), sorted(known))))
-                    raise ValueError(f"activations: {name!r} is no tap or site; nearest: {nearest}")
-
-    def _given(self, site: Site, operand: int) -> Any:
-        tap = self.taps.get((site.name, operand), site.name)
-        return self.named.get(tap, self.named.get(site.name, self.every))
-
-    def operand(self, site: Site, operand: int) -> tuple[str, int]:
-        """Type and bits of an operand."""
-        return _type_of(self._given(site, operand), site.operands[operand].dtype)
-
-    def output(self, site: Site) -> tuple[str, int]:
-        """Type and bits of the output."""
-        given = [g for i in activation_operands(site) if (g := self._given(site, i)) is not None]
-        types = [_type_of(g, site.out.dtype) for g in given or [None]]
-        return max(types, key=lambda t: t[1])
-
-
-def _type_of(given: Any, dtype: Any) -> tuple[str, int]:
-    traced = dtypes.of_array(dtype)
-    if given is None:
-        return traced
-    if hasattr(given, "bits"):
-        return dtypes.of_format(given)
-    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= 64:
-        raise ValueError(
-            f"activations: must be a number of bits from 1 to 64 or a format, got {given!r}"
-        )
-    return (f"int{given}", given) if given < traced[1] else traced
-
-
-def activation_operands(site: Site) -> tuple[int, ...]:
-    """Indices of the operands that are activations."""
-    return (0, 1) if site.weight is None else (1 - site.weight,)
-
-
-def tensor_bytes(aval: jax.ShapeDtypeStruct, bits: int) -> int:
-    """Bytes of an array whose elements have `bits` bits, packed."""
-    return -(-math.prod(aval.shape) * bits // 8)
-
-
-def activation_bytes(site: Site, types: ActivationTypes) -> int:
-    """Bytes of the activation operands and the output of one call."""
-    operands = [tensor_bytes(site.operands[i], types.operand(site, i)[1]) for i in (0, 1)]
-    return sum(operands[i] for i in activation_operands(site)) + tensor_bytes(
-        site.out, types.output(site)[1]
-    )
-
-
-def _times_read(site: Site, weight: int, leaves: list[Stored]) -> float:
+def _times_read(site: Site, weight: int, leaves: list[Stored], calls: int) -> float:
     # How often all calls together read the leaves: once where a scan slices a stacked leaf,
     # `calls` times where it reuses the leaf. A larger operand is a concatenation of leaves.
-    size, largest = math.prod(site.operands[weight].shape), max(leaf.size for leaf in leaves)
-    whole = largest if size <= largest else sum(leaf.size for leaf in leaves)
-    return min(site.calls * size / max(whole, 1), site.calls)
+    elements, largest = math.prod(site.operands[weight].shape), max(leaf.size for leaf in leaves)
+    whole = largest if elements <= largest else sum(leaf.size for leaf in leaves)
+    return min(calls * elements / max(whole, 1), calls)
 
 
 def _contracted(site: Site, weight: int) -> int:
@@ -180,26 +120,56 @@ def _satisfies(mask: np.ndarray, pattern: str) -> bool:
     return bool((groups.reshape(-1, of).sum(axis=1) <= kept).all())
 
 
+def fill(site: Site, op: str, alignment: Mapping[str, Quantity]) -> float:
+    """Share of a contraction's channels that are there once they are padded to multiples.
+
+    >>> from jaxcompress.cost.device import device
+    >>> device("h100").alignment
+    {}
+    """
+    if not alignment or op == "depthwise":
+        return 1.0
+    weight = 1 if site.weight is None else site.weight
+    shape = site.operands[weight].shape
+    if site.primitive == "dot_general":
+        contracted, batch = (axes[weight] for axes in site.config["dimension_numbers"])
+        inputs = math.prod(shape[i] for i in contracted)
+        rest = [n for i, n in enumerate(shape) if i not in (*contracted, *batch)]
+        outputs = math.prod(rest)
+    else:
+        outputs, inputs = (shape[i] for i in site.config["dimension_numbers"].rhs_spec[:2])
+    share = 1.0
+    for name, channels in (("inputs", inputs), ("outputs", outputs)):
+        if name in alignment and channels:
+            multiple = int(alignment[name].value)
+            share *= channels / (-(-channels // multiple) * multiple)
+    return share
+
+
 def load(
+    kernel: Kernel,
     site: Site,
     types: ActivationTypes,
     lookup: Callable[[str], Stored],
     *,
-    patterns: Iterable[str],
+    device: Device,
 ) -> Load:
-    """What a site asks of a device whose rates know the zero `patterns`."""
+    """What a kernel with a contraction asks of a device."""
     leaves = [lookup(path) for path in site.params]
     weight = site.weight if leaves else None
     operand = 1 if weight is None else weight
     # The widest of the largest leaves stands for the operand: scales and masks are small.
     leaf = max(leaves, key=lambda leaf: (leaf.size, leaf.bits), default=None)
-    times = 0.0 if leaf is None else _times_read(site, operand, leaves)
+    times = 0.0 if leaf is None else _times_read(site, operand, leaves, kernel.times)
+    patterns = {rate.pattern for rate in device.throughput} - {"dense"}
     kept = "dense" if leaf is None else pattern(site, operand, leaf, patterns=patterns)
+    op = op_class(site)
+    # An alignment holds for multiplications of matrices, of whatever kind.
     return Load(
         name=site.name,
-        op=op_class(site),
-        macs=site.macs * site.calls,
-        calls=site.calls,
+        op=op,
+        macs=site.macs * kernel.times,
+        calls=kernel.times,
         weight_dtype=types.operand(site, operand)[0] if leaf is None else leaf.dtype,
         activation_dtype=types.operand(site, 1 - operand)[0],
         pattern=kept,
@@ -207,5 +177,66 @@ def load(
         weights=round(times * sum(leaf.size for leaf in leaves)),
         weight_read_bytes=times * sum(leaf.bytes for leaf in leaves),
         dense_read_bytes=times * sum(leaf.dense_bytes for leaf in leaves),
-        activation_bytes=activation_bytes(site, types) * site.calls,
+        activation_bytes=moved_bytes(kernel, types) * kernel.times,
+        fill=fill(site, op, device.alignment),
     )
+
+
+def light_load(
+    kernel: Kernel, name: str, types: ActivationTypes, lookup: Callable[[str], Stored]
+) -> Load:
+    """What a kernel without a contraction asks of a device."""
+    done = total(work(op) or unruled(op) for op in kernel.ops)
+    arrays = kernel.writes or kernel.reads
+    dtype = max((types.value(n) for n in arrays), key=lambda t: t[1], default=("int1", 1))[0]
+    read = kernel.times * sum(_parameter_bytes(op, types, lookup) for op in kernel.ops)
+    return Load(
+        name=name,
+        op="",
+        macs=0,
+        calls=kernel.times,
+        weight_dtype="",
+        activation_dtype=dtype,
+        pattern="dense",
+        density=1.0,
+        weights=0,
+        weight_read_bytes=read,
+        dense_read_bytes=read,
+        activation_bytes=moved_bytes(kernel, types) * kernel.times,
+        operations=kernel.times * (done.elementwise + done.transcendentals),
+    )
+
+
+_LOOKUPS = ("gather", "dynamic_slice")
+_UPDATES = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2}
+
+
+def moved_bytes(kernel: Kernel, types: ActivationTypes) -> int:
+    """Bytes of activations that one run of a kernel reads and writes.
+
+    A lookup reads the elements it looks up, an update in place writes what it updates.
+    """
+    elements: dict[int, int] = {}
+    for op in kernel.ops:
+        if op.primitive in _LOOKUPS and op.operands[0] is not None:
+            elements[op.operands[0]] = sum(size(v.aval) for v in op.eqn.outvars)
+        if op.primitive in _UPDATES:
+            changed = size(op.eqn.invars[_UPDATES[op.primitive]].aval)
+            elements.update(dict.fromkeys(op.outputs, changed))
+            if op.operands[0] is not None:
+                elements[op.operands[0]] = 0
+    return sum(types.value_bytes(n, elements.get(n)) for n in (*kernel.reads, *kernel.writes))
+
+
+def _parameter_bytes(op: Op, types: ActivationTypes, lookup: Callable[[str], Stored]) -> float:
+    read = 0.0
+    for i, n in enumerate(op.operands):
+        origin = None if n is None else types.values[n].origin
+        if origin is None or origin.data or not origin.params:
+            continue
+        leaf = max((lookup(path) for path in origin.params), key=lambda leaf: leaf.size)
+        part = min(origin.extent, leaf.size)
+        if op.primitive in _LOOKUPS and i == 0:
+            part = min(part, sum(size(v.aval) for v in op.eqn.outvars))
+        read += leaf.bytes * part / max(leaf.size, 1)
+    return read

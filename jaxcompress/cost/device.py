@@ -4,8 +4,8 @@ import functools
 import importlib.resources
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ GRADES = ("datasheet", "measured", "derived", "estimate")
 """How a number is known: stated by the maker or in a published table; measured on the device;
 computed from numbers of the first two grades; anything weaker (recalled, second hand, assumed)."""
 
-OPS = ("conv", "depthwise", "dense", "matmul")
-"""Classes of contractions: convolution, depthwise convolution, weights times activations,
-activations times activations."""
+OPS = ("conv", "pointwise", "depthwise", "dense", "matmul")
+"""Classes of contractions: convolution, 1x1 convolution, depthwise convolution, weights times
+activations, activations times activations."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,14 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Vector:
+    """How fast operations that are no contractions run."""
+
+    type: str  # number type, see `cost.dtypes`
+    rate: Quantity  # op/s, or cycle/op
+
+
+@dataclass(frozen=True)
 class Device:
     """A device with one of its runtimes; build it with `device`.
 
@@ -69,11 +77,18 @@ class Device:
       rates: "peak" (no kernel is faster) or "effective" (from whole networks as they were measured,
         what happens between contractions included).
       clock: Hz; None where no rate is in cycles.
-      memories: by name; `weight_memory` and `activation_memory` say what lies where.
+      memories: by name.
+      weight_memories, activation_memories: names, fastest first: all weights lie in the first that
+        holds them, all activations likewise; in the last if none does.
       active_power: W while it computes.
-      overhead: s per call of a contraction.
+      overhead: s per call of a kernel.
       throughput: the rates.
       unpack: cycles to widen one stored weight, by the widest type that the entry is for.
+      elementwise: rates of other operations; where there is none, only their bytes take time.
+      fusion: what becomes one kernel, one of `kernels.FUSIONS`.
+      voltage: V, at which the power holds; None if it is not known.
+      reserved: B of a memory that program, stack or operating system take.
+      alignment: channels to whose multiples kernels pad a weight's "inputs" and "outputs".
     """
 
     name: str
@@ -82,12 +97,32 @@ class Device:
     rates: str
     clock: Quantity | None
     memories: Mapping[str, Memory]
-    weight_memory: str
-    activation_memory: str
+    weight_memories: tuple[str, ...]
+    activation_memories: tuple[str, ...]
     active_power: Quantity
     overhead: Quantity
     throughput: tuple[Rate, ...]
     unpack: Mapping[str, Quantity]
+    elementwise: tuple[Vector, ...] = ()
+    fusion: str = "elementwise"
+    voltage: Quantity | None = None
+    reserved: Mapping[str, Quantity] = field(default_factory=dict)
+    alignment: Mapping[str, Quantity] = field(default_factory=dict)
+
+    def available(self, memory: str) -> int:
+        """Bytes of a memory that are free for the network."""
+        taken = self.reserved[memory].value if memory in self.reserved else 0
+        return max(int(self.memories[memory].capacity.value - taken), 0)
+
+    def place(self, memories: Sequence[str], size: int) -> str:
+        """The first of the memories that holds `size` bytes, else the last."""
+        return next((name for name in memories if size <= self.available(name)), memories[-1])
+
+    def ops_per_s(self, vector: Vector) -> float:
+        """The rate in operations per second."""
+        if vector.rate.unit == "cycle/op" and self.clock is not None:
+            return self.clock.value / vector.rate.value
+        return vector.rate.value
 
     def macs_per_s(self, rate: Rate) -> float:
         """The rate in multiply-accumulates per second."""
@@ -104,10 +139,16 @@ class Device:
             yield f"memory.{memory.name}.bandwidth", memory.bandwidth
         yield "active_power", self.active_power
         yield "overhead", self.overhead
+        if self.voltage is not None:
+            yield "voltage", self.voltage
+        yield from ((f"reserved.{name}", q) for name, q in self.reserved.items())
+        yield from ((f"alignment.{name}", q) for name, q in self.alignment.items())
         for rate in self.throughput:
             yield "throughput " + " ".join(rate.key), rate.rate
         for weight, quantity in self.unpack.items():
             yield f"unpack {weight}", quantity
+        for vector in self.elementwise:
+            yield f"elementwise {vector.type}", vector.rate
 
 
 @functools.cache

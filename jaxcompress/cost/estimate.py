@@ -1,21 +1,26 @@
-"""Cost of a packed network on a device: MACs, bytes, latency and energy, layer by layer."""
+"""Cost of a packed network on a device: MACs, bytes, latency and energy, kernel by kernel."""
 
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxcompress.core.packed import packed_bytes, unpack
-from jaxcompress.cost import count
-from jaxcompress.cost.count import ActivationTypes, Stored
+from jaxcompress.cost import count, operations
+from jaxcompress.cost.count import Stored
 from jaxcompress.cost.device import Device, Rate
 from jaxcompress.cost.device import device as device_of
 from jaxcompress.cost.energy import active_energy
-from jaxcompress.cost.latency import Timing, timing
+from jaxcompress.cost.kernels import FUSIONS, Kernel, kernels
+from jaxcompress.cost.latency import Load, timing
+from jaxcompress.cost.memory import arena
+from jaxcompress.cost.operations import Work
 from jaxcompress.cost.result import OTHER, Cost, LayerCost
-from jaxcompress.graph import Graph, trace
+from jaxcompress.cost.types import ActivationTypes
+from jaxcompress.graph.inline import Inlined, Trips, inline
+from jaxcompress.graph.trace import Program, trace_program
 
 
 def estimate(
@@ -24,12 +29,16 @@ def estimate(
     *inputs: Any,
     device: "str | os.PathLike[str] | Device",
     activations: Any = None,
+    trips: Trips = None,
+    fusion: str | None = None,
 ) -> Cost:
     """Cost of `apply_fn(params, *inputs)`, for the inputs as they are (a batch costs as a batch).
 
     Nothing is computed and no weight is allocated: the function is traced on the shapes that
     `unpack(params)` gives. Stored bits and zeros are looked up by the path of the parameter that
-    feeds a contraction.
+    feeds a contraction. Loops count with their trips, of a conditional the heavier branch; what
+    no result needs is left out, and what no input reaches is taken as computed beforehand. Any
+    function can be costed, a gradient or a whole training step too.
 
     Args:
       apply_fn: pure function of the unpacked parameters and the inputs.
@@ -38,9 +47,13 @@ def estimate(
       device: a name of `cost.devices()`, the path of a TOML file, or a `Device`.
       activations: None (the traced dtypes), a number of bits, a format, or a mapping from names
         of sites or taps (`graph.trace`) to bits or formats.
+      trips: how often loops of unknown length run: a number, or a mapping from their scopes (the
+        notes of the result name them); once, if it is not given.
+      fusion: one of `kernels.FUSIONS`; None for what the device's runtime does.
 
     Raises:
-      ValueError: an unknown device or name in `activations`; types that the device cannot run.
+      ValueError: an unknown device, name in `activations` or loop in `trips`; types that the
+        device cannot run.
 
     >>> import jax, jax.numpy as jnp
     >>> w = jax.ShapeDtypeStruct((64, 10), jnp.int8)
@@ -50,66 +63,183 @@ def estimate(
     (640, 640, 74)
     """
     spec, stored = device_of(device), count.stored(params)
-    graph = trace(apply_fn, jax.eval_shape(unpack, params), *inputs)
-    types = count.ActivationTypes(graph, activations)
-    layers, timings = _layers(graph, stored, types, spec)
+    if fusion is not None and fusion not in FUSIONS:
+        raise ValueError(f"fusion: must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+    program = trace_program(apply_fn, jax.eval_shape(unpack, params), *inputs, dead_code=False)
+    flat = inline(program, weigh=operations.weight, trips=trips)
+    types = ActivationTypes(program.graph, activations, program=flat, sites=program.contractions)
+    found = kernels(flat, fusion=fusion or spec.fusion)
+    live = arena(flat, found, value_bytes=types.value_bytes)
+    places = (
+        spec.place(spec.weight_memories, packed_bytes(params)),
+        spec.place(spec.activation_memories, live.peak_bytes),
+    )
+    rows = _rows(program, found, stored, types, spec, places, live.live_bytes)
+    layers = [row.layer for row in rows]
     rest = packed_bytes(params) - sum(layer.weight_bytes for layer in layers)
     if rest:
         layers.append(LayerCost(OTHER, rest))
+    total = {
+        name: sum(getattr(layer, name) for layer in layers)
+        for name in (
+            "macs valid_macs flops transcendentals weight_bytes activation_bytes latency_s energy_j"
+        ).split()
+    }
     return Cost(
-        macs=sum(layer.macs for layer in layers),
-        flops=sum(layer.flops for layer in layers),
-        weight_bytes=sum(layer.weight_bytes for layer in layers),
-        activation_bytes=sum(layer.activation_bytes for layer in layers),
-        peak_bytes=max((layer.peak_bytes for layer in layers), default=0),
-        latency_s=sum(layer.latency_s for layer in layers),
-        energy_j=sum(layer.energy_j for layer in layers),
+        **total,
+        peak_bytes=live.peak_bytes,
         layers=tuple(layers),
         device=spec,
-        notes=_notes(graph, inputs, spec, timings),
+        weight_memory=places[0],
+        activation_memory=places[1],
+        notes=_notes(program, flat, inputs, spec, rows, fusion or spec.fusion),
     )
 
 
-def _layers(
-    graph: Graph, stored: dict[str, Stored], types: ActivationTypes, device: Device
-) -> tuple[list[LayerCost], list[Timing]]:
-    patterns = {rate.pattern for rate in device.throughput} - {"dense"}
-    layers, timings, counted = [], [], set()
-    for site in graph.sites:
-        load = count.load(site, types, stored.__getitem__, patterns=patterns)
-        time = timing(device, load)
-        leaves = [stored[path] for path in site.params]
-        timings.append(time)
-        layers.append(
-            LayerCost(
-                name=load.name,
-                op=load.op,
-                macs=load.macs,
-                flops=2 * load.macs,
-                macs_effective=time.macs_effective,
-                weight_dtype=load.weight_dtype,
-                activation_dtype=load.activation_dtype,
-                pattern=load.pattern,
-                density=load.density,
-                weight_bits=8 * sum(x.bytes for x in leaves) / max(sum(x.size for x in leaves), 1),
-                weight_bytes=sum(x.bytes for x in leaves if x.path not in counted),
-                weight_read_bytes=round(time.read_bytes),
-                activation_bytes=load.activation_bytes,
-                peak_bytes=count.activation_bytes(site, types),
-                compute_s=time.compute_s,
-                memory_s=time.memory_s,
-                overhead_s=time.overhead_s,
-                latency_s=time.latency_s,
-                energy_j=active_energy(device, time.latency_s),
-                bound=time.bound,
-                fallback=time.fallback,
-            )
-        )
-        counted.update(site.params)
-    return layers, timings
+class _Row(NamedTuple):
+    layer: LayerCost
+    rate: Rate | None
+    unruled: tuple[str, ...]
 
 
-def _kernel(rate: Rate) -> str:
+def _rows(
+    program: Program,
+    found: Sequence[Kernel],
+    stored: dict[str, Stored],
+    types: ActivationTypes,
+    device: Device,
+    places: tuple[str, str],
+    live_bytes: Sequence[int],
+) -> list[_Row]:
+    rows, counted, names = [], set(), set()
+    for kernel, live in zip(found, live_bytes, strict=True):
+        if kernel.marks:
+            continue
+        contraction = kernel.contraction
+        site = program.contractions[contraction.place] if contraction else None
+        if site is None:
+            load = count.light_load(kernel, _name(kernel, names), types, stored.__getitem__)
+        else:
+            load = count.load(kernel, site, types, stored.__getitem__, device=device)
+        load = load._replace(weight_memory=places[0], activation_memory=places[1])
+        leaves = [stored[path] for path in site.params] if site else []
+        new = [leaf for leaf in leaves if leaf.path not in counted]
+        counted.update(leaf.path for leaf in leaves)
+        rows.append(_row(kernel, load, device, leaves, new, live))
+    return rows
+
+
+def _name(kernel: Kernel, taken: set[str]) -> str:
+    base = "/".join(filter(None, (kernel.root.scope, kernel.root.primitive)))
+    name, repeat = base, 0
+    while name in taken:
+        repeat += 1
+        name = f"{base}#{repeat}"
+    taken.add(name)
+    return name
+
+
+def _row(
+    kernel: Kernel,
+    load: Load,
+    device: Device,
+    leaves: list[Stored],
+    new: list[Stored],
+    live_bytes: int,
+) -> _Row:
+    time = timing(device, load)
+    ruled = [(op, operations.work(op)) for op in kernel.ops]
+    done = operations.total(work or operations.unruled(op) for op, work in ruled) * kernel.times
+    unruled = tuple(op.primitive for op, work in ruled if work is None)
+    elements = max(sum(leaf.size for leaf in leaves), 1)
+    layer = LayerCost(
+        name=load.name,
+        op=load.op,
+        macs=done.macs,
+        valid_macs=done.valid_macs,
+        flops=done.flops,
+        transcendentals=done.transcendentals,
+        macs_effective=time.macs_effective,
+        weight_dtype=load.weight_dtype,
+        activation_dtype=load.activation_dtype,
+        pattern=load.pattern if load.op else "",
+        density=load.density,
+        weight_bits=8 * sum(leaf.bytes for leaf in leaves) / elements,
+        weight_bytes=sum(leaf.bytes for leaf in new),
+        weight_read_bytes=round(time.read_bytes),
+        activation_bytes=load.activation_bytes,
+        live_bytes=live_bytes,
+        traffic_bytes={name: round(n) for name, n in time.traffic.items()},
+        compute_s=time.compute_s,
+        memory_s=time.memory_s,
+        overhead_s=time.overhead_s,
+        latency_s=time.latency_s,
+        energy_j=active_energy(device, time.latency_s),
+        bound=time.bound,
+        fallback=time.fallback,
+    )
+    return _Row(layer, time.rate, unruled)
+
+
+class Counts(NamedTuple):
+    """Operations of a function, on no device in particular.
+
+    Attributes:
+      macs, valid_macs, flops, transcendentals: as in `Cost`.
+      valid_flops: 2 * valid_macs + all other operations: what XLA counts.
+      unruled: primitives without a rule, taken as one operation per element of their results.
+      assumed_trips: loops of unknown length that were counted once.
+    """
+
+    macs: int
+    valid_macs: int
+    flops: int
+    valid_flops: int
+    transcendentals: int
+    unruled: tuple[str, ...]
+    assumed_trips: tuple[str, ...]
+
+
+def counts(
+    fn: Callable[..., Any], params: Any, *inputs: Any, trips: Trips = None, fold: bool = True
+) -> Counts:
+    """Operations of `fn(params, *inputs)`; arguments may be `jax.ShapeDtypeStruct`s.
+
+    Args:
+      fn: pure function of arrays.
+      params: pytree of arrays.
+      *inputs: pytrees of arrays.
+      trips: as in `estimate`.
+      fold: leave out what no input reaches, as computed beforehand.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.ones((1, 8))
+    >>> got = counts(lambda p, x: jnp.tanh(x @ p) + 1, jnp.ones((8, 4)), x)
+    >>> got.macs, got.flops, got.transcendentals
+    (32, 68, 4)
+    """
+    program = trace_program(fn, params, *inputs, dead_code=False)
+    flat = inline(program, weigh=operations.weight, trips=trips)
+    done, unruled = Work(), []
+    for op in flat.ops:
+        if fold and not any(flat.values[n].origin.moves for n in op.outputs):
+            continue
+        found = operations.work(op)
+        if found is None:
+            unruled.append(op.primitive)
+        done = done.plus((found or operations.unruled(op)) * op.times)
+    return Counts(
+        done.macs,
+        done.valid_macs,
+        done.flops,
+        done.valid_flops,
+        done.transcendentals,
+        tuple(sorted(set(unruled))),
+        flat.assumed_trips,
+    )
+
+
+def _kernel_name(rate: Rate) -> str:
     pattern = "" if rate.pattern == "dense" else f"{rate.pattern} "
     return f"{pattern}{rate.op} {rate.weight} x {rate.activation}"
 
@@ -119,29 +249,39 @@ def _some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _notes(graph: Graph, inputs: Any, device: Device, timings: list[Timing]) -> tuple[str, ...]:
+def _notes(
+    program: Program, flat: Inlined, inputs: Any, device: Device, rows: list[_Row], fusion: str
+) -> tuple[str, ...]:
+    graph = program.graph
     shapes = [str(tuple(getattr(leaf, "shape", ()))) for leaf in jax.tree.leaves(inputs)]
     notes = [f"for inputs of shape {', '.join(shapes) or '()'} as given, not per example"]
     if device.rates == "peak":
         notes.append("rates are peaks: kernels reach less, so compute times are lower bounds")
-        notes.append("only contractions take time; operands and outputs go to memory (no fusion)")
-    used = {time.rate.key: time.rate for time in timings}.values()
+    notes.append(f"kernels are fused as {fusion!r}; peak bytes by liveness of what lies in between")
+    used = {row.rate.key: row.rate for row in rows if row.rate is not None}.values()
     if used:
-        notes.append("rates used: " + ", ".join(f"{_kernel(r)} ({r.rate.grade})" for r in used))
+        rates = ", ".join(f"{_kernel_name(r)} ({r.rate.grade})" for r in used)
+        notes.append(f"rates used: {rates}")
     notes.append(
         f"energy is active power ({device.active_power.value:g} W, {device.active_power.grade}) "
         "times latency"
     )
-    notes.append("peak bytes are a lower bound: operands and output of one contraction at a time")
     uses = [path for site in graph.sites for path in site.params]
     shared = sorted(path for path, n in Counter(uses).items() if n > 1)
     if shared:
         notes.append(f"used by several contractions, bytes counted at the first: {_some(shared)}")
-    lists = {
-        "loops of unknown length, counted as one pass": graph.unknown_trips,
-        "not counted, the trace cannot enter them": graph.unentered,
-        "of parameters alone, taken as computed beforehand": [fold.name for fold in graph.folds],
-        "all branches of a conditional are counted": [s.name for s in graph.sites if s.branches],
-    }
-    notes += [f"{what}: {_some(names)}" for what, names in lists.items() if names]
+    notes += [f"{what}: {_some(names)}" for what, names in _listed(program, flat, rows) if names]
     return tuple(notes)
+
+
+def _listed(program: Program, flat: Inlined, rows: list[_Row]) -> list[tuple[str, list[str]]]:
+    unruled = sorted({name for row in rows for name in row.unruled})
+    return [
+        ("loops of unknown length, counted as one pass", list(flat.assumed_trips)),
+        ("no rule for these primitives, one operation per element assumed", unruled),
+        (
+            "of parameters alone, taken as computed beforehand",
+            [f.name for f in program.graph.folds],
+        ),
+        ("of a conditional the heavier branch is counted", list(flat.choices)),
+    ]

@@ -1,5 +1,7 @@
-"""Roofline latency of one contraction: the rate that applies to it, and what bounds it."""
+"""Roofline latency of one kernel: the rate that applies to it, and what bounds it."""
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxcompress.cost import dtypes
@@ -7,10 +9,10 @@ from jaxcompress.cost.device import Device, Rate
 
 
 class Load(NamedTuple):
-    """What a contraction asks of a device, all its calls together."""
+    """What a kernel asks of a device, all its calls together."""
 
     name: str
-    op: str  # one of device.OPS
+    op: str  # one of device.OPS; "" if there is no contraction
     macs: int  # zeros included
     calls: int
     weight_dtype: str
@@ -20,11 +22,15 @@ class Load(NamedTuple):
     weights: int  # weights that a call widens, times the calls
     weight_read_bytes: float  # weights as they are stored, read once per call
     dense_read_bytes: float  # the same if zeros were stored like the rest
-    activation_bytes: int  # operands and output, once per call
+    activation_bytes: int  # arrays read and written, once per call
+    weight_memory: str = ""  # where they lie; "": the fastest
+    activation_memory: str = ""
+    fill: float = 1.0  # share of the channels, padded as the device wants them, that are there
+    operations: int = 0  # other than multiply-accumulates, of a kernel without contraction
 
 
 class Timing(NamedTuple):
-    """How long a contraction takes, and why."""
+    """How long a kernel takes, and why."""
 
     latency_s: float  # max(compute, memory) + overhead
     compute_s: float
@@ -32,8 +38,9 @@ class Timing(NamedTuple):
     overhead_s: float
     macs_effective: int  # multiply-accumulates that are carried out
     read_bytes: float  # weights read
-    bound: str  # "compute" | "memory" | "overhead"
-    rate: Rate
+    bound: str  # "compute" | "memory" | "overhead" | "" if it takes no time
+    traffic: Mapping[str, float]  # B by memory
+    rate: Rate | None  # of the contraction
     fallback: str  # what the device cannot do and does instead, "" if nothing
 
 
@@ -73,9 +80,10 @@ def _rows(device: Device, load: Load) -> list[Rate]:
         and dtypes.holds(rate.activation, load.activation_dtype)
     ]
     for rows in (exact, wider):
-        same_op = [rate for rate in rows if rate.op == load.op]
-        if same_op:
-            return same_op
+        for op in (load.op, "conv") if load.op == "pointwise" else (load.op,):
+            same_op = [rate for rate in rows if rate.op == op]
+            if same_op:
+                return same_op
         if rows:  # no rate for this class of contraction: the slowest one, to be safe
             slowest = min(rows, key=device.macs_per_s)
             return [rate for rate in rows if rate.op == slowest.op]
@@ -107,29 +115,44 @@ def _fallback(device: Device, load: Load, rate: Rate, unpack_s: float) -> str:
         reasons.append(f"{' x '.join(stored)} computed as {' x '.join(used)}{widening}")
     if rate.pattern == "dense" and load.pattern != "dense":
         reasons.append(f"{load.pattern} zeros ({1 - load.density:.1%}) save storage, not time")
-    if rate.op != load.op:
+    if rate.op != load.op and (load.op, rate.op) != ("pointwise", "conv"):
         reasons.append(f"no rate for {load.op}, taken as {rate.op}")
     return "; ".join(reasons)
 
 
 def _timing(device: Device, load: Load, rate: Rate) -> Timing:
-    # t = max(MACs_eff / rate + unpack, bytes / bandwidth of every memory) + overhead
+    # t = max(MACs_eff / (rate * fill) + unpack, bytes / bandwidth of every memory) + overhead
     effective = round(load.macs * kept_fraction(rate.pattern, load.density))
     unpack_s = _unpack_s(device, load, rate)
-    compute_s = effective / device.macs_per_s(rate) + unpack_s
+    compute_s = effective / load.fill / device.macs_per_s(rate) + unpack_s
     # Without a kernel for the zeros, the weights are expanded before they are used.
     skipping = rate.pattern != "dense" or load.pattern == "dense"
     read = load.weight_read_bytes if skipping else load.dense_read_bytes
+    fallback = _fallback(device, load, rate, unpack_s)
+    return _bounded(device, load, compute_s, effective, read, rate=rate, fallback=fallback)
+
+
+def _bounded(
+    device: Device,
+    load: Load,
+    compute_s: float,
+    effective: int,
+    read: float,
+    *,
+    rate: Rate | None,
+    fallback: str = "",
+) -> Timing:
     traffic = dict.fromkeys(device.memories, 0.0)
-    traffic[device.weight_memory] += read
-    traffic[device.activation_memory] += load.activation_bytes
+    traffic[load.weight_memory or device.weight_memories[0]] += read
+    traffic[load.activation_memory or device.activation_memories[0]] += load.activation_bytes
     memory_s = max(b / device.memories[name].bandwidth.value for name, b in traffic.items())
     overhead_s = device.overhead.value * load.calls
+    if rate is None and device.rates == "effective":  # contained in the rates of contractions
+        memory_s = overhead_s = 0.0
     busy_s = max(compute_s, memory_s)
     bound = "compute" if compute_s >= memory_s else "memory"
     if overhead_s > busy_s:
         bound = "overhead"
-    fallback = _fallback(device, load, rate, unpack_s)
     return Timing(
         busy_s + overhead_s,
         compute_s,
@@ -137,23 +160,35 @@ def _timing(device: Device, load: Load, rate: Rate) -> Timing:
         overhead_s,
         effective,
         read,
-        bound,
+        bound if busy_s + overhead_s else "",
+        traffic,
         rate,
         fallback,
     )
 
 
+def _elementwise(device: Device, load: Load) -> Timing:
+    usable = [v for v in device.elementwise if dtypes.holds(v.type, load.activation_dtype)]
+    rate = max(map(device.ops_per_s, usable), default=math.inf)
+    compute_s = 0.0 if device.rates == "effective" else load.operations / rate
+    return _bounded(device, load, compute_s, 0, load.weight_read_bytes, rate=None)
+
+
 def timing(device: Device, load: Load) -> Timing:
-    """Latency of a contraction: t = max(MACs / rate, bytes / bandwidth) + overhead.
+    """Latency of a kernel: t = max(MACs / rate, bytes / bandwidth) + overhead.
 
     The rate is that of the operands' types where the device lists it, for its class of
     contraction and the pattern of its zeros. Else it is the fastest among the listed types that
     hold the operands, plus the cycles to unpack narrower weights. Zeros save multiply-accumulates
     and reads only if there is a rate for their pattern. Weights and activations in one memory
-    share its bandwidth.
+    share its bandwidth. Without a contraction the operations run at the device's elementwise rate;
+    on a device of "effective" rates, which contain them, they take no time of their own.
 
     Raises:
       ValueError: no listed type holds the operands.
     """
-    timings = [_timing(device, load, rate) for rate in _rows(device, load)]
-    return min(timings, key=lambda t: (t.latency_s, dtypes.kind(t.rate.weight).digits))
+    if not load.op:
+        return _elementwise(device, load)
+    timings = [(rate, _timing(device, load, rate)) for rate in _rows(device, load)]
+    by_time = lambda pair: (pair[1].latency_s, dtypes.kind(pair[0].weight).digits)
+    return min(timings, key=by_time)[1]

@@ -13,19 +13,22 @@ OTHER = "other parameters"
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one contraction, all its calls together.
+    """Cost of one kernel, all its calls together: a contraction and what is fused to it, or less.
 
     Attributes:
-      name: of the site in `graph.trace`, or `OTHER`.
-      op: one of `device.OPS`; "" for `OTHER`, as are the other words.
-      macs, flops: multiply-accumulates, zeros and padding included; flops = 2 * macs.
+      name: of the site in `graph.trace`; the scope and the primitive, if there is no contraction;
+        or `OTHER`.
+      op: one of `device.OPS`; "" without a contraction, as are the other words.
+      macs, valid_macs: multiply-accumulates, zeros included, with and without padding.
+      flops, transcendentals: 2 * macs + all other operations; exp, tanh, roots and the like apart.
       macs_effective: those that the device carries out.
       weight_dtype, activation_dtype, pattern, density: of the operands.
       weight_bits: stored bits per weight, scales and bitmask included; 0 without weights.
       weight_bytes: stored bytes; a parameter used by several sites counts at the first.
       weight_read_bytes: bytes of weights read, once per call.
-      activation_bytes: operands and output at their bits, once per call.
-      peak_bytes: the same of a single call.
+      activation_bytes: arrays read and written at their bits, once per call.
+      live_bytes: all activations that are needed while it runs.
+      traffic_bytes: weights and activations moved, by memory.
       compute_s, memory_s, overhead_s: latency_s = max(compute_s, memory_s) + overhead_s.
       energy_j: active power of the device times latency_s.
       bound: "compute" | "memory" | "overhead", the largest of the three.
@@ -36,7 +39,9 @@ class LayerCost:
     weight_bytes: int
     op: str = ""
     macs: int = 0
+    valid_macs: int = 0
     flops: int = 0
+    transcendentals: int = 0
     macs_effective: int = 0
     weight_dtype: str = ""
     activation_dtype: str = ""
@@ -45,7 +50,8 @@ class LayerCost:
     weight_bits: float = 0.0
     weight_read_bytes: int = 0
     activation_bytes: int = 0
-    peak_bytes: int = 0
+    live_bytes: int = 0
+    traffic_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     compute_s: float = 0.0
     memory_s: float = 0.0
     overhead_s: float = 0.0
@@ -65,14 +71,17 @@ class Fit:
     @property
     def bottleneck(self) -> str:
         """The memory that is fullest."""
-        return max(self.used, key=lambda name: self.used[name] / self.capacity[name])
+        return max(self.used, key=self._share)
+
+    def _share(self, name: str) -> float:
+        return self.used[name] / max(self.capacity[name], 1)
 
     def __bool__(self) -> bool:
         return all(self.used[name] <= self.capacity[name] for name in self.used)
 
     def __str__(self) -> str:
         parts = [
-            f"{name} {used:,} of {self.capacity[name]:,} B ({used / self.capacity[name]:.1%})"
+            f"{name} {used:,} of {self.capacity[name]:,} B ({self._share(name):.1%})"
             for name, used in self.used.items()
         ]
         verdict = "fits" if self else "does not fit"
@@ -86,17 +95,20 @@ class Cost:
     Every total is the sum over `layers`, besides `peak_bytes`, which is the largest.
 
     Attributes:
-      macs, flops: of all contractions; elementwise operations are not counted.
+      macs, valid_macs: multiply-accumulates of all contractions, with and without those on padding.
+      flops, transcendentals: 2 * macs + all other operations; exp, tanh, roots and the like apart.
       weight_bytes: exactly `core.packed_bytes` of the parameters.
-      activation_bytes: operands and outputs of all contractions, as if each went to memory.
-      peak_bytes: largest operands plus output of one contraction: a lower bound of the memory
-        for activations, since tensors kept for later (skip connections) are left out.
-      latency_s, energy_j: of the contractions one after the other.
+      activation_bytes: arrays that kernels read and write.
+      peak_bytes: the arena: most bytes of activations needed at once, see `memory.arena`.
+      latency_s, energy_j: of the kernels one after the other.
+      weight_memory, activation_memory: where they lie.
       notes: what the figures rest on and leave out.
     """
 
     macs: int
+    valid_macs: int
     flops: int
+    transcendentals: int
     weight_bytes: int
     activation_bytes: int
     peak_bytes: int
@@ -104,16 +116,24 @@ class Cost:
     energy_j: float
     layers: tuple[LayerCost, ...]
     device: Device
+    weight_memory: str
+    activation_memory: str
     notes: tuple[str, ...]
+
+    @property
+    def traffic_bytes(self) -> dict[str, int]:
+        """Bytes moved, by memory."""
+        return {
+            name: sum(layer.traffic_bytes.get(name, 0) for layer in self.layers)
+            for name in self.device.memories
+        }
 
     def fits(self) -> Fit:
         """Weights and peak activations against the memories where the device keeps them."""
-        device = self.device
-        used = dict.fromkeys((device.weight_memory, device.activation_memory), 0)
-        used[device.weight_memory] += self.weight_bytes
-        used[device.activation_memory] += self.peak_bytes
-        capacity = {name: int(device.memories[name].capacity.value) for name in used}
-        return Fit(used, capacity)
+        used = dict.fromkeys((self.weight_memory, self.activation_memory), 0)
+        used[self.weight_memory] += self.weight_bytes
+        used[self.activation_memory] += self.peak_bytes
+        return Fit(used, {name: self.device.available(name) for name in used})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, for JSON."""
@@ -129,6 +149,7 @@ class Cost:
             "fits": bool(fit),
             "memory_used_bytes": dict(fit.used),
             "memory_capacity_bytes": dict(fit.capacity),
+            "traffic_bytes": self.traffic_bytes,
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "notes": list(self.notes),
         }

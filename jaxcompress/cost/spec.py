@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 from jaxcompress.core.paths import near_misses
 from jaxcompress.cost import dtypes
-from jaxcompress.cost.device import GRADES, OPS, Device, Memory, Quantity, Rate
+from jaxcompress.cost.device import GRADES, OPS, Device, Memory, Quantity, Rate, Vector
+from jaxcompress.cost.kernels import FUSIONS
 
 
 class _Table:
@@ -119,6 +120,33 @@ def _unpack(runtime: _Table) -> dict[str, Quantity]:
     return entries
 
 
+def _vectors(runtime: _Table) -> tuple[Vector, ...]:
+    rows = runtime.rows("elementwise")
+    for row in rows:
+        row.keys(("type", *_QUANTITY))
+    return tuple(Vector(r.number_type("type"), r.number(("op/s", "cycle/op"))) for r in rows)
+
+
+def _quantities(runtime: _Table, key: str, names: Iterable[str], unit: str) -> dict[str, Quantity]:
+    if key not in runtime.values:
+        return {}
+    table = runtime.table(key)
+    table.keys((), names)
+    return {name: table.quantity(name, unit) for name in table.values}
+
+
+def _places(runtime: _Table, key: str, memories: Mapping[str, Memory]) -> tuple[str, ...]:
+    given = runtime.values[key]
+    names: tuple[Any, ...] = tuple(given) if isinstance(given, list) and given else (given,)
+    for name in names:
+        if name not in memories:
+            runtime.fail(f"{key!r} must be one or several of {', '.join(memories)}, got {given!r}")
+    rates = [memories[name].bandwidth.value for name in names]
+    if rates != sorted(rates, reverse=True):
+        runtime.fail(f"{key!r} must name the fastest memory first, got {given!r}")
+    return names
+
+
 def _memories(top: _Table) -> dict[str, Memory]:
     memories, table = {}, top.table("memory")
     for name in table.values:
@@ -146,7 +174,8 @@ def parse(values: Mapping[str, Any], name: str, *, runtime: str, file: str) -> D
     for key in top.table("runtime").values:
         table = top.table("runtime").table(key)
         required = ("description", "rates", "weights", "activations", "active_power", "overhead")
-        table.keys((*required, "throughput"), ("unpack",))
+        optional = ("unpack", "elementwise", "fusion", "voltage", "reserved", "alignment")
+        table.keys((*required, "throughput"), optional)
         found[key] = Device(
             name=name,
             runtime=key,
@@ -154,12 +183,17 @@ def parse(values: Mapping[str, Any], name: str, *, runtime: str, file: str) -> D
             rates=table.text("rates", ("peak", "effective")),
             clock=clock,
             memories=memories,
-            weight_memory=table.text("weights", memories),
-            activation_memory=table.text("activations", memories),
+            weight_memories=_places(table, "weights", memories),
+            activation_memories=_places(table, "activations", memories),
             active_power=table.quantity("active_power", "W", zero=True),
             overhead=table.quantity("overhead", "s", zero=True),
             throughput=_rates(table),
             unpack=_unpack(table),
+            elementwise=_vectors(table),
+            fusion=table.text("fusion", FUSIONS) if "fusion" in table.values else "elementwise",
+            voltage=table.quantity("voltage", "V") if "voltage" in table.values else None,
+            reserved=_quantities(table, "reserved", memories, "B"),
+            alignment=_quantities(table, "alignment", ("inputs", "outputs"), "channel"),
         )
     in_cycles = [q.unit for d in found.values() for _, q in d.quantities() if "cycle" in q.unit]
     if in_cycles and clock is None:

@@ -13,6 +13,7 @@ import jax
 import jax.extend.core as jec
 from jax.api_util import debug_info
 from jax.custom_derivatives import SymbolicZero as SymbolicZero
+from jax.interpreters import partial_eval
 
 DOT, CONV = "dot_general", "conv_general_dilated"
 JIT = frozenset({"jit", "pjit"})
@@ -66,6 +67,14 @@ def bodies(params: Mapping[str, Any]) -> Iterator[Body]:
             yield from bodies({str(i): item for i, item in enumerate(value)})
         elif isinstance(value, dict):
             yield from bodies(value)
+
+
+def without_dead_code(closed: Any) -> Any:
+    """A closed jaxpr without the equations that no result needs, at any depth; same arguments."""
+    jaxpr, _ = partial_eval.dce_jaxpr(
+        closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True
+    )
+    return jec.ClosedJaxpr(jaxpr, closed.consts)
 
 
 def is_literal(v: Any) -> bool:

@@ -43,14 +43,30 @@ class Found(NamedTuple):
     unentered: str
 
 
-Sink = list[Found] | None  # None while a loop is followed only to find its fixed point
+class Findings(NamedTuple):
+    """What was seen on the way.
+
+    Attributes:
+      contractions: in order of execution.
+      arguments: place of a jaxpr -> origins of its arguments, in all trips of a loop.
+      results: place of an equation -> origins of its results.
+    """
+
+    contractions: list[Found]
+    arguments: dict[Place, list[Origin]]
+    results: dict[Place, list[Origin]]
+
+
+Sink = Findings | None  # None while a loop is followed only to find its fixed point
 
 
 def follow(
     jaxpr: Any, origins: Sequence[Origin], found: Sink, *, where: Where | None = None
 ) -> list[Origin]:
-    """The origins of a jaxpr's results; contractions are appended to `found`."""
+    """The origins of a jaxpr's results; what is seen is added to `found`."""
     where = where or Where()
+    if found is not None:
+        found.arguments[where.place] = list(origins)
     known = {v: flow.constant(v.aval) for v in jaxpr.constvars}
     known.update((v, o.within(v.aval)) for v, o in zip(jaxpr.invars, origins, strict=True))
 
@@ -60,6 +76,8 @@ def follow(
     for number, eqn in enumerate(jaxpr.eqns):
         here = where.equation(number, eqn)
         results = _equation(eqn, [read(v) for v in eqn.invars], here, found)
+        if found is not None:
+            found.results[here.place] = results
         known.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -81,7 +99,7 @@ def _equation(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list
 
 def _record(found: Sink, here: Where, eqn: Any, *, origins, active) -> None:
     if found is not None:
-        found.append(Found(eqn, origins, active, *here[:5], unentered=here.unentered))
+        found.contractions.append(Found(eqn, origins, active, *here[:5], unentered=here.unentered))
 
 
 def _fixed_point(

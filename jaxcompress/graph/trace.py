@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.core.paths import leaves_with_paths, refuse_twins
-from jaxcompress.graph import flow, macs
-from jaxcompress.graph.follow import Found, follow
+from jaxcompress.graph import compat, flow, macs
+from jaxcompress.graph.follow import Findings, Found, Place, follow
 from jaxcompress.graph.sites import Graph, Site, Tap, shape_dtype, size
 
 
@@ -22,12 +22,16 @@ class Program(NamedTuple):
       graph: what was found in it.
       places: the taps of the equation at each place, a path of equation and body numbers.
       unreachable: name of a site that `walk` cannot reach -> where it is.
+      contractions: the `Site` at each place, those out of reach and folds included.
+      found: the origins of all values.
     """
 
     closed: Any
     graph: Graph
-    places: dict[tuple[int, ...], tuple[Tap, ...]]
+    places: dict[Place, tuple[Tap, ...]]
     unreachable: dict[str, str]
+    contractions: dict[Place, Site]
+    found: Findings
 
 
 def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
@@ -58,11 +62,15 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     return trace_program(fn, params, *inputs).graph
 
 
-def trace_program(fn: Callable[..., Any], params: Any, *inputs: Any) -> Program:
-    """As `trace`, with the jaxpr and the place of every tap."""
+def trace_program(
+    fn: Callable[..., Any], params: Any, *inputs: Any, dead_code: bool = True
+) -> Program:
+    """As `trace`, with the jaxpr and the place of every tap; unused code is kept or dropped."""
     leaves = _param_leaves(params)
     closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
-    found: list[Found] = []
+    if not dead_code:
+        closed = compat.without_dead_code(closed)
+    found = Findings([], {}, {})
     variables = closed.jaxpr.invars
     origins = [
         flow.leaf(path, v.aval) for path, v in zip(leaves, variables[: len(leaves)], strict=True)
@@ -88,20 +96,22 @@ def _param_leaves(params: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _report(
-    closed: Any, out: Any, leaves: dict[str, jax.ShapeDtypeStruct], found: list[Found]
+    closed: Any, out: Any, leaves: dict[str, jax.ShapeDtypeStruct], found: Findings
 ) -> Program:
     sites, folds, taps, trips, used = [], [], [], [], set()
-    places, unreachable, unentered = {}, {}, []
-    names, fold_names, conds = set(), set(), {}
-    for item in found:
+    places, unreachable, unentered, contractions = {}, {}, [], {}
+    names, fold_names, beyond_names, conds = set(), set(), set(), {}
+    for item in found.contractions:
         base = _base_name(item, leaves)
         if item.unentered:
             unentered.append(f"{item.unentered}: {base}")
             unreachable.setdefault(base, item.unentered)
+            if item.eqn.primitive.name in (compat.DOT, compat.CONV):
+                contractions[item.place] = _site(item, _unique(base, beyond_names), conds)
             continue
         is_site = any(item.active)
         name = _unique(base, names if is_site else fold_names)
-        site = _site(item, name, conds)
+        site = contractions[item.place] = _site(item, name, conds)
         if not is_site:
             folds.append(site)
             continue
@@ -121,7 +131,7 @@ def _report(
         unknown_trips=tuple(trips),
         unentered=tuple(unentered),
     )
-    return Program(closed, graph, places, unreachable)
+    return Program(closed, graph, places, unreachable, contractions, found)
 
 
 def _base_name(item: Found, leaves: dict[str, jax.ShapeDtypeStruct]) -> str:
