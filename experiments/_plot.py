@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxcompress.export.files import replacing
+from jaxcompress.core.files import replacing
 
 
 @contextlib.contextmanager

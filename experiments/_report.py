@@ -41,7 +41,7 @@ except ImportError as error:
     ) from error
 
 import jaxcompress
-from jaxcompress.export.files import replacing
+from jaxcompress.core.files import replacing
 
 Row = dict[str, int | float | str | bool | None]
 

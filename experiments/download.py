@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxcompress.export.files import replacing
+from jaxcompress.core.files import replacing
 
 _CHUNK_BYTES = 1 << 18
 _TIMEOUT_S = 30.0

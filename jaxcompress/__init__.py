@@ -1,6 +1,6 @@
 """jaxcompress: a smaller network that keeps its accuracy, for the device it must run on."""
 
-from jaxcompress import core, distill, export, formats, graph, prune, quantize, train
+from jaxcompress import core, distill, export, formats, graph, plot, prune, quantize, train
 from jaxcompress import cost as cost
 from jaxcompress.core import (
     Compressor,
@@ -35,6 +35,7 @@ __all__ = [
     "packed_bytes",
     "partition",
     "per_leaf",
+    "plot",
     "prune",
     "quantize",
     "train",

@@ -11,7 +11,7 @@ import pytest
 from jaxcompress import cost
 from jaxcompress.cost import dtypes
 from jaxcompress.cost.device import GRADES
-from jaxcompress.cost.energy import mac_pj, table_45nm
+from jaxcompress.cost.energy import mac_pj, node_table
 
 TOY = """
 description = "round numbers"
@@ -80,7 +80,7 @@ def test_shipped_devices_load_under_the_names_they_are_listed_by():
 def test_unknown_devices_name_what_there_is():
     with pytest.raises(ValueError, match="unknown device 'stm32l4r6'; nearest: 'stm32l4r5'"):
         cost.device("stm32l4r6")
-    with pytest.raises(ValueError, match="available: h100, .*or the path of a .toml file"):
+    with pytest.raises(ValueError, match="available: apple-ane, .*or the path of a .toml file"):
         cost.device("?")
     with pytest.raises(ValueError, match="has no runtime 'tvm'; it has x-cube-ai, tflm"):
         cost.device("stm32l4r5:tvm")
@@ -167,4 +167,27 @@ def test_the_45nm_table_gives_back_the_published_figures():
     assert mac_pj("int32", "int32") == pytest.approx(3.1 + 0.1, rel=1e-3)
     assert mac_pj("float32", "float32") == pytest.approx(3.7 + 0.9)
     assert mac_pj("table4", "bfloat16") == mac_pj("bfloat16", "bfloat16")
-    assert table_45nm()["memory"]["dram"].value == 1300
+    assert node_table("45nm")["memory"]["dram"].value == 1300
+
+
+def test_the_7nm_table_is_cheaper_and_scales_with_bits():
+    # Jouppi et al.: int8 multiplication 0.07 pJ, int32 1.48 pJ, int32 addition 0.03 pJ
+    assert mac_pj("int8", "int8", node="7nm") == pytest.approx(0.07 + 0.03, rel=1e-3)
+    assert mac_pj("int32", "int32", node="7nm") == pytest.approx(1.48 + 0.03, rel=1e-3)
+    for node in ("45nm", "7nm"):
+        energies = [mac_pj(f"int{bits}", "int8", node=node) for bits in (1, 2, 4, 8, 16, 32)]
+        assert energies == sorted(energies)
+        # Ternary and binary weights need no product.
+        assert energies[0] == energies[1] == node_table(node)["integer"]["add"].value
+    with pytest.raises(ValueError, match="unknown node '3nm'; there are tables for 45nm, 7nm"):
+        node_table("3nm")
+
+
+def test_every_shipped_number_has_its_source():
+    names = {name.partition(":")[0] for name in cost.devices()}
+    assert len(names) >= 14
+    for name in cost.devices():
+        device = cost.device(name)
+        assert dict(device.quantities())["active_power"].unit == "W"
+        for key, quantity in device.quantities():
+            assert quantity.grade in GRADES and len(quantity.source) > 10, (name, key)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from experiments.models.zoo import ZOO
 from jaxcompress import cost
 from jaxcompress.core import packed
-from jaxcompress.cost.energy import active_energy
 from jaxcompress.cost.latency import Load, timing
 
 
@@ -110,7 +110,7 @@ def test_depthwise_convolutions_have_their_own_rate():
         ("depthwise", 16 * 8 * 9),
         ("pointwise", 16 * 8 * 4),
     ]
-    assert got.layers[0].compute_s == 1152 / (120e6 / 1.815)
+    assert got.layers[0].compute_s == 1152 / (120e6 / 1.371)
 
 
 def _load(weight, activation, *, pattern="dense", density=1.0, macs=1, weights=1):
@@ -124,7 +124,7 @@ def _load(weight, activation, *, pattern="dense", density=1.0, macs=1, weights=1
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(("h100", "raspberry-pi-5", "stm32l4r5")),
+    name=st.sampled_from(("h100", "raspberry-pi-5", "stm32l4r5", "jetson-agx-orin")),
     bits=st.tuples(st.integers(1, 8), st.integers(1, 8)).map(sorted),
     activation=st.sampled_from(("int8", "float32")),
     macs=st.integers(1, 10**9),
@@ -145,32 +145,111 @@ def test_fewer_bits_and_more_zeros_never_cost_more(name, bits, activation, macs,
     assert sparse.latency_s == times[1].latency_s and sparse.macs_effective == macs
 
 
-# MACs by class of the MLPerf Tiny networks: conv, depthwise, dense
-TINY = {
-    "ic": (12_500_992, 0, 640),
-    "kws": (2_368_000, 288_000, 768),
-    "vww": (6_690_816, 798_336, 512),
-    "ad": (0, 0, 264_192),
-}
+def test_the_first_memory_that_holds_them_all_is_used(hand):
+    device = hand(old='weights = "flash"', new='weights = ["flash", "sram"]')
+    layer = one(device, SHAPE((8, 4), jnp.float32))  # 128 B, of 200 B
+    assert layer.traffic_bytes == {"flash": 128, "sram": 48}
+    # Where no memory holds them they lie in the last.
+    got = cost.estimate(
+        _cost.dense, {"w": SHAPE((16, 4), jnp.float32)}, SHAPE((1, 16), jnp.float32), device=device
+    )
+    assert got.weight_memory == "sram" and not got.fits()
 
 
+def test_channels_are_padded_as_the_device_wants(hand):
+    aligned = hand(
+        old="[runtime.only]\n",
+        new="""[runtime.only.alignment]
+inputs = { value = 6, unit = "channel", source = "s", grade = "estimate" }
+[runtime.only]
+""",
+    )
+    plain, padded = (one(d, SHAPE((8, 4), jnp.float32)) for d in (hand(), aligned))
+    assert padded.compute_s == pytest.approx(plain.compute_s * 12 / 8)
+    assert padded.macs == plain.macs
+
+
+def test_gathering_patches_makes_few_output_channels_slow(hand):
+    device = hand(
+        old='unit = "MAC/s"',
+        new="""unit = "MAC/s"
+unfold = { value = 16, unit = "element/s", source = "s", grade = "estimate" }""",
+    )
+    layer = one(device, quantized((8, 4), 8), activations=8)
+    assert layer.compute_s == 32 / 32 + 8 / 16
+
+
+def test_reserved_bytes_are_not_available(hand):
+    device = hand(
+        old="[runtime.only]\n",
+        new="""[runtime.only.reserved]
+sram = { value = 30, unit = "B", source = "s", grade = "estimate" }
+[runtime.only]
+""",
+    )
+    assert (device.available("sram"), device.available("flash")) == (10, 200)
+
+
+@functools.cache
+def tiny(network):
+    return ZOO[network].build()
+
+
+# Inferences per second, MLPerf Tiny: IC, KWS, VWW, AD
 @pytest.mark.parametrize(
-    ("name", "seconds", "tolerance"),
+    ("name", "per_s", "tolerance"),
     [
-        ("stm32l4r5", {"ic": 1 / 6.056, "ad": 1 / 190.086}, 0.002),
-        ("stm32l4r5", {"kws": 1 / 23.155, "vww": 1 / 11.245}, 0.18),
-        ("stm32l4r5:tflm", {"ic": 0.70426, "ad": 1 / 99.487}, 0.002),
-        ("stm32l4r5:tflm", {"kws": 0.18192, "vww": 0.60054}, 0.09),
+        ("stm32l4r5", (6.056, 23.155, 11.245, 190.086), 0.01),
+        ("stm32l4r5:tflm", (1 / 0.70426, 1 / 0.18192, 1 / 0.60054, 99.487), 0.09),
     ],
 )
-def test_effective_rates_give_back_the_measured_latencies(name, seconds, tolerance):
-    device = cost.device(name)
-    for network, measured_s in seconds.items():
-        loads = [
-            _load("int8", "int8", macs=macs)._replace(op=op)
-            for op, macs in zip(("conv", "depthwise", "dense"), TINY[network], strict=True)
-        ]
-        predicted_s = sum(timing(device, load).compute_s for load in loads)
-        assert predicted_s == pytest.approx(measured_s, rel=tolerance), network
-    if name == "stm32l4r5" and "ic" in seconds:  # 6.919 mJ measured
-        assert active_energy(device, seconds["ic"]) == pytest.approx(6.919e-3, rel=0.01)
+def test_effective_rates_give_back_the_measured_latencies(name, per_s, tolerance):
+    networks = ("resnet8", "ds_cnn", "mobilenet_v1_025", "autoencoder")
+    for network, measured in zip(networks, per_s, strict=True):
+        fn, params, inputs = tiny(network)
+        int8 = jax.tree.map(lambda leaf: SHAPE(leaf.shape, jnp.int8), params)
+        whole = lambda p, *x, fn=fn: fn(jax.tree.map(lambda w: w.astype(jnp.float32), p), *x)
+        got = cost.estimate(whole, int8, *inputs, device=name, activations=8)
+        assert got.latency_s == pytest.approx(1 / measured, rel=tolerance), network
+        if (name, network) == ("stm32l4r5", "resnet8"):  # 6.919 mJ measured
+            assert got.energy_j == pytest.approx(6.919e-3, rel=0.02)
+
+
+def _network(params, x):
+    x = jax.nn.relu(x @ params["a"]) + params["bias"][None]
+    return jax.nn.softmax(x @ params["b"])
+
+
+@functools.cache
+def packed_network(inner, bits, density):
+    keep = None if density == 1 else jax.random.uniform(jax.random.key(1), (16, inner)) < density
+    return {
+        "a": quantized((16, inner), bits, keep=keep),
+        "b": quantized((inner, 12), bits),
+        "bias": jnp.zeros(inner),
+    }
+
+
+@pytest.mark.parametrize("name", cost.devices())
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_no_false_savings(name, bits):
+    def costs(inner, bits, density):
+        params, x = packed_network(inner, bits, density), SHAPE((4, 16), jnp.float32)
+        got = cost.estimate(_network, params, x, device=name, activations=8)
+        for field in ("macs", "flops", "weight_bytes", "activation_bytes", "latency_s", "energy_j"):
+            assert getattr(got, field) == sum(getattr(layer, field) for layer in got.layers)
+        assert got.weight_bytes == packed.packed_bytes(params)
+        return got
+
+    dense, sparse, wide = costs(16, bits, 1), costs(16, bits, 0.3), costs(32, bits, 1)
+    for field in ("latency_s", "energy_j", "peak_bytes", "weight_bytes", "activation_bytes"):
+        assert getattr(dense, field) <= getattr(wide, field)  # half the channels
+    # Random zeros save bytes where the file keeps a mask, time nowhere: no device skips them.
+    assert sparse.latency_s == dense.latency_s
+    assert sum(layer.macs_effective for layer in sparse.layers) == sparse.macs
+    # Fewer bits pay at most for being widened.
+    eight = costs(16, 8, 1)
+    widened = max((q.value for q in dense.device.unpack.values()), default=0)
+    clock = dense.device.clock.value if dense.device.clock else 1
+    assert dense.latency_s <= eight.latency_s + widened * (16 * 16 + 16 * 12) / clock
+    assert dense.weight_bytes <= eight.weight_bytes

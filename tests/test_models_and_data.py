@@ -18,7 +18,7 @@ import pytest
 from experiments import data, download
 from experiments.evaluate import top1
 from experiments.models import digits, pretrained, resnet_cifar
-from jaxcompress.export.files import replacing
+from jaxcompress.core.files import replacing
 
 needs_data = pytest.mark.skipif(
     not os.environ.get(data.DATA_VARIABLE),

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments._report import Options, Report, run
-from experiments.benchmarks._timing import interleaved
 from jaxcompress.core.select import keep_count, top_k_masks
+from jaxcompress.cost.clock import interleaved
 
 
 @dataclasses.dataclass(frozen=True)

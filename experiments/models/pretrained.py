@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import download
 from experiments.data import DATA_VARIABLE, data_dir
-from jaxcompress.export.files import replacing
+from jaxcompress.core.files import replacing
 
 _REPOSITORY = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
 

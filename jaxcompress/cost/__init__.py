@@ -5,6 +5,7 @@ from jaxcompress.cost.energy import IdealEnergy, ideal_energy
 from jaxcompress.cost.estimate import Counts, counts, estimate
 from jaxcompress.cost.report import table
 from jaxcompress.cost.result import Cost, Fit, LayerCost
+from jaxcompress.cost.training import estimate_training
 
 __all__ = [
     "Cost",
@@ -17,6 +18,7 @@ __all__ = [
     "device",
     "devices",
     "estimate",
+    "estimate_training",
     "ideal_energy",
     "table",
 ]

@@ -120,29 +120,27 @@ def _satisfies(mask: np.ndarray, pattern: str) -> bool:
     return bool((groups.reshape(-1, of).sum(axis=1) <= kept).all())
 
 
-def fill(site: Site, op: str, alignment: Mapping[str, Quantity]) -> float:
-    """Share of a contraction's channels that are there once they are padded to multiples.
-
-    >>> from jaxcompress.cost.device import device
-    >>> device("h100").alignment
-    {}
-    """
-    if not alignment or op == "depthwise":
-        return 1.0
+def channels(site: Site) -> tuple[int, int]:
+    """Contracted and output channels of a contraction (of one group, per tap)."""
     weight = 1 if site.weight is None else site.weight
     shape = site.operands[weight].shape
-    if site.primitive == "dot_general":
-        contracted, batch = (axes[weight] for axes in site.config["dimension_numbers"])
-        inputs = math.prod(shape[i] for i in contracted)
-        rest = [n for i, n in enumerate(shape) if i not in (*contracted, *batch)]
-        outputs = math.prod(rest)
-    else:
+    if site.primitive != "dot_general":
         outputs, inputs = (shape[i] for i in site.config["dimension_numbers"].rhs_spec[:2])
+        return inputs, outputs
+    contracted, batch = (axes[weight] for axes in site.config["dimension_numbers"])
+    inputs = math.prod(shape[i] for i in contracted)
+    return inputs, math.prod(n for i, n in enumerate(shape) if i not in (*contracted, *batch))
+
+
+def fill(site: Site, alignment: Mapping[str, Quantity]) -> float:
+    """Share of a contraction's channels that are there once they are padded to multiples."""
     share = 1.0
-    for name, channels in (("inputs", inputs), ("outputs", outputs)):
-        if name in alignment and channels:
+    if op_class(site) == "depthwise":
+        return share
+    for name, n in zip(("inputs", "outputs"), channels(site), strict=True):
+        if name in alignment and n:
             multiple = int(alignment[name].value)
-            share *= channels / (-(-channels // multiple) * multiple)
+            share *= n / (-(-n // multiple) * multiple)
     return share
 
 
@@ -163,11 +161,9 @@ def load(
     times = 0.0 if leaf is None else _times_read(site, operand, leaves, kernel.times)
     patterns = {rate.pattern for rate in device.throughput} - {"dense"}
     kept = "dense" if leaf is None else pattern(site, operand, leaf, patterns=patterns)
-    op = op_class(site)
-    # An alignment holds for multiplications of matrices, of whatever kind.
     return Load(
         name=site.name,
-        op=op,
+        op=op_class(site),
         macs=site.macs * kernel.times,
         calls=kernel.times,
         weight_dtype=types.operand(site, operand)[0] if leaf is None else leaf.dtype,
@@ -178,8 +174,15 @@ def load(
         weight_read_bytes=times * sum(leaf.bytes for leaf in leaves),
         dense_read_bytes=times * sum(leaf.dense_bytes for leaf in leaves),
         activation_bytes=moved_bytes(kernel, types) * kernel.times,
-        fill=fill(site, op, device.alignment),
+        fill=fill(site, device.alignment),
+        patches=site.macs * kernel.times // max(_meets(site), 1),
+        inputs=channels(site)[0],
     )
+
+
+def _meets(site: Site) -> int:
+    # How many output channels an element of a patch meets.
+    return 1 if op_class(site) == "depthwise" else channels(site)[1]
 
 
 def light_load(

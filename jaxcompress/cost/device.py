@@ -45,7 +45,10 @@ class Rate:
 
     The rate counts multiply-accumulates that are carried out: a kernel for 2:4 sparse weights
     carries out half of the dense ones. Pattern: "dense", "unstructured" (any zeros are skipped)
-    or "N:M".
+    or "N:M". Beside its MACs a kernel gathers its operand: `unfold` is how fast the elements of
+    patches (positions x taps x input channels) are copied; it is what makes few output channels
+    slow; `ragged` where the input channels are no multiple of the alignment "gather". None where
+    it is not known apart.
     """
 
     weight: str  # number type, see `cost.dtypes`
@@ -53,6 +56,9 @@ class Rate:
     op: str  # one of OPS
     pattern: str
     rate: Quantity  # MAC/s, or cycle/MAC
+    unfold: Quantity | None = None  # element/s, or cycle/element
+    ragged: Quantity | None = None  # the same; None: as unfold
+    overhead: Quantity | None = None  # s per call; None: that of the device
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -88,7 +94,8 @@ class Device:
       fusion: what becomes one kernel, one of `kernels.FUSIONS`.
       voltage: V, at which the power holds; None if it is not known.
       reserved: B of a memory that program, stack or operating system take.
-      alignment: channels to whose multiples kernels pad a weight's "inputs" and "outputs".
+      alignment: channels to whose multiples kernels pad a weight's "inputs" and "outputs"; of
+        whose multiples they "gather" fast.
     """
 
     name: str
@@ -118,17 +125,15 @@ class Device:
         """The first of the memories that holds `size` bytes, else the last."""
         return next((name for name in memories if size <= self.available(name)), memories[-1])
 
-    def ops_per_s(self, vector: Vector) -> float:
-        """The rate in operations per second."""
-        if vector.rate.unit == "cycle/op" and self.clock is not None:
-            return self.clock.value / vector.rate.value
-        return vector.rate.value
+    def per_s(self, quantity: Quantity) -> float:
+        """A rate per second, of one that is in cycles for each or per second."""
+        if quantity.unit.startswith("cycle/") and self.clock is not None:
+            return self.clock.value / quantity.value
+        return quantity.value
 
     def macs_per_s(self, rate: Rate) -> float:
         """The rate in multiply-accumulates per second."""
-        if rate.rate.unit == "cycle/MAC" and self.clock is not None:
-            return self.clock.value / rate.rate.value
-        return rate.rate.value
+        return self.per_s(rate.rate)
 
     def quantities(self) -> Iterator[tuple[str, Quantity]]:
         """Every number of the device under the name it has in its file."""
@@ -145,6 +150,9 @@ class Device:
         yield from ((f"alignment.{name}", q) for name, q in self.alignment.items())
         for rate in self.throughput:
             yield "throughput " + " ".join(rate.key), rate.rate
+            for name in ("unfold", "ragged", "overhead"):
+                if getattr(rate, name) is not None:
+                    yield " ".join((name, *rate.key)), getattr(rate, name)
         for weight, quantity in self.unpack.items():
             yield f"unpack {weight}", quantity
         for vector in self.elementwise:
@@ -161,8 +169,8 @@ def _shipped() -> dict[str, dict[str, Any]]:
 def devices() -> tuple[str, ...]:
     """Names of the devices that come with the library, one per runtime; the first is the default.
 
-    >>> devices()
-    ('h100', 'raspberry-pi-5', 'stm32l4r5', 'stm32l4r5:tflm')
+    >>> [name for name in devices() if name.startswith("stm32l4")]
+    ['stm32l4r5', 'stm32l4r5:tflm']
     """
     return tuple(
         f"{name}:{runtime}" if i else name

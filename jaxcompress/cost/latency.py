@@ -26,6 +26,8 @@ class Load(NamedTuple):
     weight_memory: str = ""  # where they lie; "": the fastest
     activation_memory: str = ""
     fill: float = 1.0  # share of the channels, padded as the device wants them, that are there
+    patches: int = 0  # elements of the operand, once for each time it meets a kernel
+    inputs: int = 0  # input channels
     operations: int = 0  # other than multiply-accumulates, of a kernel without contraction
 
 
@@ -121,15 +123,26 @@ def _fallback(device: Device, load: Load, rate: Rate, unpack_s: float) -> str:
 
 
 def _timing(device: Device, load: Load, rate: Rate) -> Timing:
-    # t = max(MACs_eff / (rate * fill) + unpack, bytes / bandwidth of every memory) + overhead
+    # t = max(MACs_eff / (rate * fill) + unfold + unpack, bytes / bandwidth of every memory)
+    #     + overhead
     effective = round(load.macs * kept_fraction(rate.pattern, load.density))
     unpack_s = _unpack_s(device, load, rate)
     compute_s = effective / load.fill / device.macs_per_s(rate) + unpack_s
+    compute_s += _unfold_s(device, load, rate)
     # Without a kernel for the zeros, the weights are expanded before they are used.
     skipping = rate.pattern != "dense" or load.pattern == "dense"
     read = load.weight_read_bytes if skipping else load.dense_read_bytes
     fallback = _fallback(device, load, rate, unpack_s)
     return _bounded(device, load, compute_s, effective, read, rate=rate, fallback=fallback)
+
+
+def _unfold_s(device: Device, load: Load, rate: Rate) -> float:
+    # Vectors that the input channels do not fill are gathered as if they did.
+    multiple = int(device.alignment["gather"].value) if "gather" in device.alignment else 1
+    if rate.ragged is not None and load.inputs % multiple:
+        padded = -(-load.inputs // multiple) * multiple / load.inputs
+        return load.patches * padded / device.per_s(rate.ragged)
+    return 0.0 if rate.unfold is None else load.patches / device.per_s(rate.unfold)
 
 
 def _bounded(
@@ -146,7 +159,8 @@ def _bounded(
     traffic[load.weight_memory or device.weight_memories[0]] += read
     traffic[load.activation_memory or device.activation_memories[0]] += load.activation_bytes
     memory_s = max(b / device.memories[name].bandwidth.value for name, b in traffic.items())
-    overhead_s = device.overhead.value * load.calls
+    per_call = device.overhead if rate is None or rate.overhead is None else rate.overhead
+    overhead_s = per_call.value * load.calls
     if rate is None and device.rates == "effective":  # contained in the rates of contractions
         memory_s = overhead_s = 0.0
     busy_s = max(compute_s, memory_s)
@@ -169,7 +183,7 @@ def _bounded(
 
 def _elementwise(device: Device, load: Load) -> Timing:
     usable = [v for v in device.elementwise if dtypes.holds(v.type, load.activation_dtype)]
-    rate = max(map(device.ops_per_s, usable), default=math.inf)
+    rate = max((device.per_s(v.rate) for v in usable), default=math.inf)
     compute_s = 0.0 if device.rates == "effective" else load.operations / rate
     return _bounded(device, load, compute_s, 0, load.weight_read_bytes, rate=None)
 
@@ -177,7 +191,8 @@ def _elementwise(device: Device, load: Load) -> Timing:
 def timing(device: Device, load: Load) -> Timing:
     """Latency of a kernel: t = max(MACs / rate, bytes / bandwidth) + overhead.
 
-    The rate is that of the operands' types where the device lists it, for its class of
+    Where the device knows it, gathering the patches of a convolution adds to the MACs. The rate
+    is that of the operands' types where the device lists it, for its class of
     contraction and the pattern of its zeros. Else it is the fastest among the listed types that
     hold the operands, plus the cycles to unpack narrower weights. Zeros save multiply-accumulates
     and reads only if there is a rate for their pattern. Weights and activations in one memory

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxcompress.cost.result import Cost, LayerCost
+from jaxcompress.cost.result import OTHER, Cost, LayerCost
 
 
 def si(value: float, unit: str) -> str:
@@ -30,7 +30,7 @@ def summary(cost: Cost) -> str:
         f"{si(cost.energy_j, 'J')}, {si(cost.macs, 'MAC')}",
         f"  weights {cost.weight_bytes:,} B, activations {cost.activation_bytes:,} B, "
         f"peak {cost.peak_bytes:,} B",
-        f"  {cost.fits()}",
+        f"  {cost.verdict()}",
     ]
     slowest = sorted(cost.layers, key=lambda layer: -layer.latency_s)[:3]
     for layer in slowest:
@@ -77,9 +77,9 @@ def _layer_row(layer: LayerCost) -> tuple[str, ...]:
     )
 
 
-def _of_layers(cost: Cost, rich: Any) -> Any:
+def _of_layers(cost: Cost, layers: Iterable[LayerCost], rich: Any) -> Any:
     title = f"{cost.device.name} ({cost.device.runtime})"
-    caption = "\n".join([str(cost.fits()), *fallbacks(cost.layers)])
+    caption = "\n".join([cost.verdict(), *fallbacks(cost.layers)])
     # Narrow enough for 80 columns.
     style = {"box": rich.box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     grid = rich.table.Table(title=title, caption=caption, show_footer=True, **style)
@@ -104,15 +104,21 @@ def _of_layers(cost: Cost, rich: Any) -> Any:
             min_width=12 if fold else None,
         )
     grid.add_column("bound")
-    for layer in cost.layers:
+    for layer in layers:
         grid.add_row(*_layer_row(layer))
     return grid
 
 
+def _times(value: float, first: float) -> str:
+    return f"{value / first:.2f}x" if first else ""
+
+
 def _of_costs(costs: Mapping[str, Cost], rich: Any) -> Any:
     grid = rich.table.Table(title="costs")
-    for name in ("", "device", "MAC", "weights", "peak", "latency", "energy", "fits"):
-        grid.add_column(name, justify="left" if name in ("", "device", "fits") else "right")
+    columns = ("", "device", "MAC", "weights", "peak", "latency", "", "energy", "fits", "bound")
+    for name in columns:
+        grid.add_column(name, justify="left" if name in ("device", "fits", "bound") else "right")
+    first = next(iter(costs.values()), None)
     for name, cost in costs.items():
         grid.add_row(
             name,
@@ -121,18 +127,45 @@ def _of_costs(costs: Mapping[str, Cost], rich: Any) -> Any:
             si(cost.weight_bytes, "B"),
             si(cost.peak_bytes, "B"),
             si(cost.latency_s, "s"),
+            "" if first is None or cost is first else _times(cost.latency_s, first.latency_s),
             si(cost.energy_j, "J"),
             "yes" if cost.fits() else "no",
+            cost.bound,
         )
     return grid
 
 
-def table(cost_or_costs: Cost | Sequence[Cost] | Mapping[str, Cost], console: Any = None) -> None:
+def contractions(cost: Cost) -> list[LayerCost]:
+    """The layers with all kernels that hold no contraction added up in one, last but parameters."""
+    mains = [layer for layer in cost.layers if layer.op or layer.name == OTHER]
+    rest = [layer for layer in cost.layers if not layer.op and layer.name != OTHER]
+    if len(rest) < 2:
+        return list(cost.layers)
+    sums: dict[str, Any] = {
+        field: sum(getattr(layer, field) for layer in rest)
+        for field in (
+            "flops transcendentals weight_bytes weight_read_bytes activation_bytes compute_s "
+            "memory_s overhead_s latency_s energy_j"
+        ).split()
+    }
+    return [*mains, LayerCost(f"{len(rest)} other kernels", **sums)]
+
+
+def table(
+    cost_or_costs: Cost | Sequence[Cost] | Mapping[str, Cost],
+    console: Any = None,
+    *,
+    every: bool = False,
+) -> None:
     """Prints one cost layer by layer, or several costs (a sequence, or by name) side by side.
+
+    Several costs may be of several devices, or of a network before and after; the columns behind
+    the first row say what came of it.
 
     Args:
       cost_or_costs: what `estimate` gave.
       console: a `rich.console.Console`; None for standard output.
+      every: also the kernels without a contraction one by one, not in one row.
 
     Raises:
       ImportError: rich is not installed.
@@ -140,7 +173,8 @@ def table(cost_or_costs: Cost | Sequence[Cost] | Mapping[str, Cost], console: An
     rich = _rich()
     console = console or rich.console.Console()
     if isinstance(cost_or_costs, Cost):
-        console.print(_of_layers(cost_or_costs, rich))
+        layers = cost_or_costs.layers if every else contractions(cost_or_costs)
+        console.print(_of_layers(cost_or_costs, layers, rich))
         return
     if not isinstance(cost_or_costs, Mapping):
         cost_or_costs = {str(i): cost for i, cost in enumerate(cost_or_costs)}

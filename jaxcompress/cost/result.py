@@ -135,6 +135,22 @@ class Cost:
         used[self.activation_memory] += self.peak_bytes
         return Fit(used, {name: self.device.available(name) for name in used})
 
+    @property
+    def bound(self) -> str:
+        """What takes most of the time: "compute" | "memory" | "overhead", "" if nothing does."""
+        seconds: dict[str, float] = {}
+        for layer in self.layers:
+            seconds[layer.bound] = seconds.get(layer.bound, 0.0) + layer.latency_s
+        return max(seconds, key=lambda name: seconds[name], default="")
+
+    def verdict(self) -> str:
+        """Whether it fits, and what bounds it, in one line."""
+        slowest = max(self.layers, key=lambda layer: layer.latency_s, default=None)
+        if slowest is None or not slowest.latency_s:
+            return str(self.fits())
+        share = slowest.latency_s / self.latency_s
+        return f"{self.fits()}; {self.bound} bound, slowest {slowest.name} ({share:.0%})"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, for JSON."""
         fit = self.fits()

@@ -65,13 +65,14 @@ class _Table:
             self.fail(f"{key!r}: {error}")
         return name
 
-    def quantity(self, key: str, unit: str, *, zero: bool = False) -> Quantity:
+    def quantity(self, key: str, unit: str | tuple[str, ...], *, zero: bool = False) -> Quantity:
         """The table `key` as a number with its source; `zero` says whether 0 is allowed."""
+        units = (unit,) if isinstance(unit, str) else unit
         if key not in self.values:
-            self.fail(f"{key!r} is missing; it needs value, unit = {unit!r}, source, grade")
+            self.fail(f"{key!r} is missing; it needs value, unit = {units[0]!r}, source, grade")
         table = self.table(key)
         table.keys(("value", "unit", "source", "grade"))
-        return table.number((unit,), zero=zero)
+        return table.number(units, zero=zero)
 
     def number(self, units: tuple[str, ...], *, zero: bool = False) -> Quantity:
         """The keys value, unit, source and grade of this table."""
@@ -84,13 +85,15 @@ class _Table:
         return Quantity(float(value), unit, self.text("source"), self.text("grade", GRADES))
 
 
+_GATHER = ("element/s", "cycle/element")
+_RATE_UNITS = {"unfold": _GATHER, "ragged": _GATHER, "overhead": ("s",)}
 _QUANTITY = ("value", "unit", "source", "grade")
 
 
 def _rates(runtime: _Table) -> tuple[Rate, ...]:
     rates: dict[tuple[str, ...], Rate] = {}
     for row in runtime.rows("throughput"):
-        row.keys(("weight", "activation", "op", *_QUANTITY), ("pattern",))
+        row.keys(("weight", "activation", "op", *_QUANTITY), ("pattern", *_RATE_UNITS))
         pattern = row.text("pattern") if "pattern" in row.values else "dense"
         if not re.fullmatch(r"dense|unstructured|[1-9]\d*:[1-9]\d*", pattern):
             row.fail(f"'pattern' must be dense, unstructured or N:M such as 2:4, got {pattern!r}")
@@ -99,9 +102,10 @@ def _rates(runtime: _Table) -> tuple[Rate, ...]:
         if not isinstance(ops, list | tuple) or not ops or not set(ops) <= set(OPS):
             row.fail(f"'op' must be any, or some of {', '.join(OPS)}, got {row.values['op']!r}")
         quantity = row.number(("MAC/s", "cycle/MAC"))
+        more = {k: row.quantity(k, u) for k, u in _RATE_UNITS.items() if k in row.values}
         for op in ops:
             weight, activation = row.number_type("weight"), row.number_type("activation")
-            rate = Rate(weight, activation, op, pattern, quantity)
+            rate = Rate(weight, activation, op, pattern, quantity, **more)
             if rate.key in rates:
                 row.fail(f"a second rate for {' '.join(rate.key)}; there must be one")
             rates[rate.key] = rate
@@ -193,7 +197,7 @@ def parse(values: Mapping[str, Any], name: str, *, runtime: str, file: str) -> D
             fusion=table.text("fusion", FUSIONS) if "fusion" in table.values else "elementwise",
             voltage=table.quantity("voltage", "V") if "voltage" in table.values else None,
             reserved=_quantities(table, "reserved", memories, "B"),
-            alignment=_quantities(table, "alignment", ("inputs", "outputs"), "channel"),
+            alignment=_quantities(table, "alignment", ("inputs", "outputs", "gather"), "channel"),
         )
     in_cycles = [q.unit for d in found.values() for _, q in d.quantities() if "cycle" in q.unit]
     if in_cycles and clock is None:

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.compressor import is_absent
+from jaxcompress.core.files import replacing
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, kept, packed_bytes, unpack
 from jaxcompress.core.paths import leaves_with_paths, near_misses, refuse_twins
 from jaxcompress.export import container
-from jaxcompress.export.files import replacing
 from jaxcompress.formats import Format, Granularity, parse, shipped
 
 VERSION = "2"
