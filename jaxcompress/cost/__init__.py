@@ -1,6 +1,7 @@
 """What a network costs on a device: multiply-accumulates, bytes, latency, energy."""
 
-from jaxcompress.cost.device import Device, device, devices
+from jaxcompress.cost.calibrate import Calibration, Measured, calibrate, class_factors
+from jaxcompress.cost.device import Device, device, device_of_tables, devices
 from jaxcompress.cost.energy import IdealEnergy, ideal_energy
 from jaxcompress.cost.estimate import Counts, counts, estimate
 from jaxcompress.cost.report import table
@@ -8,14 +9,19 @@ from jaxcompress.cost.result import Cost, Fit, LayerCost
 from jaxcompress.cost.training import estimate_training
 
 __all__ = [
+    "Calibration",
     "Cost",
     "Counts",
     "Device",
     "Fit",
     "IdealEnergy",
     "LayerCost",
+    "Measured",
+    "calibrate",
+    "class_factors",
     "counts",
     "device",
+    "device_of_tables",
     "devices",
     "estimate",
     "estimate_training",

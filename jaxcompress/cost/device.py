@@ -211,6 +211,17 @@ def device(name_or_path: "str | os.PathLike[str] | Device") -> Device:
     return parse(_shipped()[base], base, runtime=runtime, file=f"{base}.toml")
 
 
+def device_of_tables(tables: Mapping[str, Any], *, name: str, runtime: str = "") -> Device:
+    """A device from the tables that its file would have.
+
+    Raises:
+      ValueError: they are not of the form.
+    """
+    from jaxcompress.cost.spec import parse
+
+    return parse(tables, name, runtime=runtime, file=name)
+
+
 def _load(path: str) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text("utf-8"))
