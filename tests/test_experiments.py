@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from experiments import compress, data, quickstart
+from experiments import compress, cost_host, cost_validation, count, data, quickstart
 from experiments import formats as formats_experiment
 from experiments._report import run
 from experiments.benchmarks import formats as formats_benchmark
@@ -143,3 +143,19 @@ def test_a_truncated_packed_file_is_one_clear_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"{path}: truncated"):
         quickstart.accuracy_of_file(path)
+
+
+def test_costs_are_counted_and_validated(capsys, tmp_path):
+    row = call(count, "count", capsys)
+    assert row["networks"] == row["networks_equal"] > 3
+    row = call(cost_validation, "cost_validation", capsys, "--out", str(tmp_path))
+    keys = {"latency_calibrated_median_error", "latency_uncalibrated_median_error"}
+    assert keys | {"energy_median_error", "points"} <= set(row)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "cost_validation.json",
+        "cost_validation.png",
+    }
+    row = call(cost_host, "cost_host", capsys)
+    assert row["width_100_measured_s"] > 0 and row["ranked_pairs"] <= 6
+    line = fails(cost_host, "cost_host", capsys, "--device", "missing.toml")
+    assert "device file 'missing.toml' does not exist" in line

@@ -2,6 +2,7 @@
 
 from jaxcompress.cost.calibrate import Calibration, Measured, calibrate, class_factors
 from jaxcompress.cost.device import Device, device, device_of_tables, devices
+from jaxcompress.cost.differentiable import SoftCost, differentiable
 from jaxcompress.cost.energy import IdealEnergy, ideal_energy
 from jaxcompress.cost.estimate import Counts, counts, estimate
 from jaxcompress.cost.report import table
@@ -17,12 +18,14 @@ __all__ = [
     "IdealEnergy",
     "LayerCost",
     "Measured",
+    "SoftCost",
     "calibrate",
     "class_factors",
     "counts",
     "device",
     "device_of_tables",
     "devices",
+    "differentiable",
     "estimate",
     "estimate_training",
     "ideal_energy",

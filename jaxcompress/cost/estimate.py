@@ -15,10 +15,11 @@ from jaxcompress.cost.device import device as device_of
 from jaxcompress.cost.energy import active_energy
 from jaxcompress.cost.kernels import FUSIONS, Kernel, kernels
 from jaxcompress.cost.latency import Load, timing
-from jaxcompress.cost.memory import arena
+from jaxcompress.cost.memory import Arena, arena
 from jaxcompress.cost.operations import Work
 from jaxcompress.cost.result import OTHER, Cost, LayerCost
 from jaxcompress.cost.types import ActivationTypes
+from jaxcompress.graph import Site
 from jaxcompress.graph.inline import Inlined, Trips, inline
 from jaxcompress.graph.trace import Program, trace_program
 
@@ -62,19 +63,16 @@ def estimate(
     >>> cost.macs, cost.weight_bytes, cost.activation_bytes
     (640, 640, 74)
     """
-    spec, stored = device_of(device), count.stored(params)
-    if fusion is not None and fusion not in FUSIONS:
-        raise ValueError(f"fusion: must be one of {', '.join(FUSIONS)}, got {fusion!r}")
-    program = trace_program(apply_fn, jax.eval_shape(unpack, params), *inputs, dead_code=False)
-    flat = inline(program, weigh=operations.weight, trips=trips)
-    types = ActivationTypes(program.graph, activations, program=flat, sites=program.contractions)
-    found = kernels(flat, fusion=fusion or spec.fusion)
-    live = arena(flat, found, value_bytes=types.value_bytes)
-    places = (
-        spec.place(spec.weight_memories, packed_bytes(params)),
-        spec.place(spec.activation_memories, live.peak_bytes),
+    seen = analyse(
+        apply_fn,
+        params,
+        *inputs,
+        device=device,
+        activations=activations,
+        trips=trips,
+        fusion=fusion,
     )
-    rows = _rows(program, found, stored, types, spec, places, live.live_bytes)
+    spec, rows = seen.device, _rows(seen)
     layers = [row.layer for row in rows]
     rest = packed_bytes(params) - sum(layer.weight_bytes for layer in layers)
     if rest:
@@ -87,12 +85,75 @@ def estimate(
     }
     return Cost(
         **total,
-        peak_bytes=live.peak_bytes,
+        peak_bytes=seen.arena.peak_bytes,
         layers=tuple(layers),
         device=spec,
-        weight_memory=places[0],
-        activation_memory=places[1],
-        notes=_notes(program, flat, inputs, spec, rows, fusion or spec.fusion),
+        weight_memory=seen.weight_memory,
+        activation_memory=seen.activation_memory,
+        notes=_notes(seen, inputs, rows),
+    )
+
+
+class Analysis(NamedTuple):
+    """What is known of a program on a device before it is timed."""
+
+    device: Device
+    stored: dict[str, Stored]
+    program: Program
+    flat: Inlined
+    types: ActivationTypes
+    fusion: str
+    kernels: list[Kernel]
+    arena: Arena
+    weight_memory: str
+    activation_memory: str
+
+    def site(self, kernel: Kernel) -> Site | None:
+        """The contraction of a kernel."""
+        found = kernel.contraction
+        return None if found is None else self.program.contractions[found.place]
+
+    def load(self, kernel: Kernel, name: str) -> Load:
+        """What a kernel asks of the device; `name` is for one without a contraction."""
+        site, lookup = self.site(kernel), self.stored.__getitem__
+        if site is None:
+            load = count.light_load(kernel, name, self.types, lookup)
+        else:
+            load = count.load(kernel, site, self.types, lookup, device=self.device)
+        return load._replace(
+            weight_memory=self.weight_memory, activation_memory=self.activation_memory
+        )
+
+
+def analyse(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    device: "str | os.PathLike[str] | Device",
+    activations: Any = None,
+    trips: Trips = None,
+    fusion: str | None = None,
+) -> Analysis:
+    """Traces, fuses and places a program; arguments as `estimate`."""
+    spec, stored = device_of(device), count.stored(params)
+    if fusion is not None and fusion not in FUSIONS:
+        raise ValueError(f"fusion: must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+    program = trace_program(apply_fn, jax.eval_shape(unpack, params), *inputs, dead_code=False)
+    flat = inline(program, weigh=operations.weight, trips=trips)
+    types = ActivationTypes(program.graph, activations, program=flat, sites=program.contractions)
+    found = kernels(flat, fusion=fusion or spec.fusion)
+    live = arena(flat, found, value_bytes=types.value_bytes)
+    return Analysis(
+        spec,
+        stored,
+        program,
+        flat,
+        types,
+        fusion or spec.fusion,
+        found,
+        live,
+        spec.place(spec.weight_memories, packed_bytes(params)),
+        spec.place(spec.activation_memories, live.peak_bytes),
     )
 
 
@@ -102,30 +163,17 @@ class _Row(NamedTuple):
     unruled: tuple[str, ...]
 
 
-def _rows(
-    program: Program,
-    found: Sequence[Kernel],
-    stored: dict[str, Stored],
-    types: ActivationTypes,
-    device: Device,
-    places: tuple[str, str],
-    live_bytes: Sequence[int],
-) -> list[_Row]:
+def _rows(seen: Analysis) -> list[_Row]:
     rows, counted, names = [], set(), set()
-    for kernel, live in zip(found, live_bytes, strict=True):
+    for kernel, live in zip(seen.kernels, seen.arena.live_bytes, strict=True):
         if kernel.marks:
             continue
-        contraction = kernel.contraction
-        site = program.contractions[contraction.place] if contraction else None
-        if site is None:
-            load = count.light_load(kernel, _name(kernel, names), types, stored.__getitem__)
-        else:
-            load = count.load(kernel, site, types, stored.__getitem__, device=device)
-        load = load._replace(weight_memory=places[0], activation_memory=places[1])
-        leaves = [stored[path] for path in site.params] if site else []
+        site = seen.site(kernel)
+        load = seen.load(kernel, "" if site else _name(kernel, names))
+        leaves = [seen.stored[path] for path in site.params] if site else []
         new = [leaf for leaf in leaves if leaf.path not in counted]
         counted.update(leaf.path for leaf in leaves)
-        rows.append(_row(kernel, load, device, leaves, new, live))
+        rows.append(_row(kernel, load, seen.device, leaves, new, live))
     return rows
 
 
@@ -249,10 +297,8 @@ def _some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _notes(
-    program: Program, flat: Inlined, inputs: Any, device: Device, rows: list[_Row], fusion: str
-) -> tuple[str, ...]:
-    graph = program.graph
+def _notes(seen: Analysis, inputs: Any, rows: list[_Row]) -> tuple[str, ...]:
+    graph, device, fusion = seen.program.graph, seen.device, seen.fusion
     shapes = [str(tuple(getattr(leaf, "shape", ()))) for leaf in jax.tree.leaves(inputs)]
     notes = [f"for inputs of shape {', '.join(shapes) or '()'} as given, not per example"]
     if device.rates == "peak":
@@ -270,7 +316,9 @@ def _notes(
     shared = sorted(path for path, n in Counter(uses).items() if n > 1)
     if shared:
         notes.append(f"used by several contractions, bytes counted at the first: {_some(shared)}")
-    notes += [f"{what}: {_some(names)}" for what, names in _listed(program, flat, rows) if names]
+    notes += [
+        f"{what}: {_some(names)}" for what, names in _listed(seen.program, seen.flat, rows) if names
+    ]
     return tuple(notes)
 
 
