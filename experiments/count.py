@@ -7,9 +7,9 @@ for a batch of one, and compares them with the figures printed by others (`sourc
 in experiments/models/zoo.py). A figure printed with few digits is met if the count rounds to them.
 Products with padding count, as everywhere; those of squeeze-and-excitation and inside the attention
 too. Fails if one network differs. FLOPs without padding are compared with XLA's count of the
-lowered program, which spells out erf and logistic functions as polynomials and counts those. Arenas are of
-int8 inference by liveness, without additions in place. A minute on two CPU cores; no weights are
-allocated.
+lowered program, which spells out erf and logistic functions as polynomials and counts those.
+Arenas are of int8 inference by liveness, without additions in place. A minute on two CPU cores; no
+weights are allocated.
 Result: experiments/results/count.json.
 """
 

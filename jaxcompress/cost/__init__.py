@@ -1,7 +1,7 @@
 """What a network costs on a device: multiply-accumulates, bytes, latency, energy."""
 
 from jaxcompress.cost.calibrate import Calibration, Measured, calibrate, class_factors
-from jaxcompress.cost.device import Device, device, device_of_tables, devices
+from jaxcompress.cost.device import Device, device, device_of_tables, devices, template
 from jaxcompress.cost.differentiable import SoftCost, differentiable
 from jaxcompress.cost.energy import IdealEnergy, ideal_energy
 from jaxcompress.cost.estimate import Counts, counts, estimate
@@ -30,4 +30,5 @@ __all__ = [
     "estimate_training",
     "ideal_energy",
     "table",
+    "template",
 ]

@@ -211,6 +211,15 @@ def device(name_or_path: "str | os.PathLike[str] | Device") -> Device:
     return parse(_shipped()[base], base, runtime=runtime, file=f"{base}.toml")
 
 
+def template() -> str:
+    """The text of a device file to start from, with all that it may hold.
+
+    >>> "[runtime.tflm]" in template()
+    True
+    """
+    return (importlib.resources.files("jaxcompress.cost") / "template.toml").read_text("utf-8")
+
+
 def device_of_tables(tables: Mapping[str, Any], *, name: str, runtime: str = "") -> Device:
     """A device from the tables that its file would have.
 
