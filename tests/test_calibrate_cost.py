@@ -159,8 +159,8 @@ def test_the_fit_finds_rates_gathering_and_overhead():
     rng = np.random.default_rng(0)
     macs, patches = rng.uniform(1e5, 1e7, 30), rng.uniform(1e4, 1e6, 30)
     inputs = rng.choice([4, 8, 12, 16], 30)
-    padded = np.where(inputs % 8, -(-inputs // 8) * 8 / inputs, 1)
+    padded = -(-inputs // 8) * 8 / inputs
     seconds = macs / 1e9 + patches * padded / np.where(inputs % 8, 2e8, 5e8) + 1e-4
-    fitted = host.fit(*(v.tolist() for v in (macs, patches, inputs, seconds)), gather=8)
+    fitted = host.fit(*(v.tolist() for v in (macs, patches, inputs, seconds)), vector=8, packet=8)
     want = (1e9, 5e8, 2e8, 1e-4)
     assert fitted[:4] == pytest.approx(want, rel=1e-6) and fitted.error < 1e-9

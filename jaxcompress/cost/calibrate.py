@@ -95,6 +95,7 @@ class Calibration(NamedTuple):
             throughput=tuple(map(rate, device.throughput)),
             memories=memories,
             overhead=slower(device.overhead, mean),
+            call=None if device.call is None else slower(device.call, mean),
         )
 
     def _factor(self, op: str) -> float:

@@ -47,7 +47,7 @@ class Rate:
     carries out half of the dense ones. Pattern: "dense", "unstructured" (any zeros are skipped)
     or "N:M". Beside its MACs a kernel gathers its operand: `unfold` is how fast the elements of
     patches (positions x taps x input channels) are copied; it is what makes few output channels
-    slow; `ragged` where the input channels are no multiple of the alignment "gather". None where
+    slow; `ragged` where the input channels are no multiple of the alignment "packet". None where
     it is not known apart.
     """
 
@@ -88,14 +88,15 @@ class Device:
         holds them, all activations likewise; in the last if none does.
       active_power: W while it computes.
       overhead: s per call of a kernel.
+      call: s per run of the whole network; None: nothing.
       throughput: the rates.
       unpack: cycles to widen one stored weight, by the widest type that the entry is for.
       elementwise: rates of other operations; where there is none, only their bytes take time.
       fusion: what becomes one kernel, one of `kernels.FUSIONS`.
       voltage: V, at which the power holds; None if it is not known.
       reserved: B of a memory that program, stack or operating system take.
-      alignment: channels to whose multiples kernels pad a weight's "inputs" and "outputs"; of
-        whose multiples they "gather" fast.
+      alignment: channels to whose multiples kernels pad a weight's "inputs" and "outputs", and
+        gathered patches ("vector"); of whose multiples they gather fast ("packet").
     """
 
     name: str
@@ -112,6 +113,7 @@ class Device:
     unpack: Mapping[str, Quantity]
     elementwise: tuple[Vector, ...] = ()
     fusion: str = "elementwise"
+    call: Quantity | None = None
     voltage: Quantity | None = None
     reserved: Mapping[str, Quantity] = field(default_factory=dict)
     alignment: Mapping[str, Quantity] = field(default_factory=dict)
@@ -144,8 +146,9 @@ class Device:
             yield f"memory.{memory.name}.bandwidth", memory.bandwidth
         yield "active_power", self.active_power
         yield "overhead", self.overhead
-        if self.voltage is not None:
-            yield "voltage", self.voltage
+        for name in ("call", "voltage"):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
         yield from ((f"reserved.{name}", q) for name, q in self.reserved.items())
         yield from ((f"alignment.{name}", q) for name, q in self.alignment.items())
         for rate in self.throughput:

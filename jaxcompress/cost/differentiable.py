@@ -109,7 +109,7 @@ class _Curve(NamedTuple):
 
 
 def _curves(seen: Analysis) -> tuple[list[_Curve], float]:
-    rows, fixed_s = [], 0.0
+    rows, fixed_s = [], 0.0 if seen.device.call is None else seen.device.call.value
     for kernel in seen.kernels:
         if kernel.marks:
             continue

@@ -17,7 +17,7 @@ from jaxcompress.cost.kernels import FUSIONS, Kernel, kernels
 from jaxcompress.cost.latency import Load, timing
 from jaxcompress.cost.memory import Arena, arena
 from jaxcompress.cost.operations import Work
-from jaxcompress.cost.result import OTHER, Cost, LayerCost
+from jaxcompress.cost.result import CALL, OTHER, Cost, LayerCost
 from jaxcompress.cost.types import ActivationTypes
 from jaxcompress.graph import Site
 from jaxcompress.graph.inline import Inlined, Trips, inline
@@ -74,6 +74,8 @@ def estimate(
     )
     spec, rows = seen.device, _rows(seen)
     layers = [row.layer for row in rows]
+    if spec.call is not None:
+        layers.append(_call(spec, spec.call.value))
     rest = packed_bytes(params) - sum(layer.weight_bytes for layer in layers)
     if rest:
         layers.append(LayerCost(OTHER, rest))
@@ -91,6 +93,13 @@ def estimate(
         weight_memory=seen.weight_memory,
         activation_memory=seen.activation_memory,
         notes=_notes(seen, inputs, rows),
+    )
+
+
+def _call(device: Device, seconds: float) -> LayerCost:
+    energy = active_energy(device, seconds)
+    return LayerCost(
+        CALL, 0, overhead_s=seconds, latency_s=seconds, energy_j=energy, bound="overhead"
     )
 
 

@@ -25,7 +25,8 @@ from scipy.optimize import nnls
 from jaxcompress.core.files import replacing
 from jaxcompress.cost.clock import interleaved
 
-_CALLS = 8  # layers in a row: the cost of a call from Python is shared by them
+_LANES = (1, 4, 8, 16)
+_CALLS = 24  # layers in a row: the cost of a call from Python is shared by them
 
 
 class Probe(NamedTuple):
@@ -77,7 +78,7 @@ def _dot(op: str, rows: int, width: int, *, batch: int = 1) -> Probe:
 def probes(*, short: bool = False) -> list[Probe]:
     """The programs that are timed: widths and sizes that small networks have."""
     sizes = [(32, 4), (32, 8), (32, 16), (16, 8), (16, 32), (8, 16), (8, 64)]
-    more = [(32, 12), (32, 24), (16, 16), (16, 24), (16, 64), (8, 32), (8, 48)]
+    more = [(32, 12), (32, 24), (16, 16), (16, 24), (16, 64), (8, 32), (8, 48), (16, 4), (24, 4)]
     sizes = sizes[:3] if short else sizes + more
     found = [_conv("conv", size, width, 3) for size, width in sizes]
     found += [_conv("pointwise", size, 4 * width, 1) for size, width in sizes[:7]]
@@ -91,8 +92,8 @@ class Fitted(NamedTuple):
 
     Attributes:
       rate: MAC/s.
-      unfold, ragged: elements of patches per second, where the input channels are a multiple of
-        `gather` and where they are padded to one; inf where gathering costs nothing.
+      unfold, ragged: elements of patches per second, input channels padded to `vector`, where they
+        are a multiple of `packet` and where not; inf where gathering costs nothing.
       overhead: s.
       error: mean relative error that the fit leaves.
     """
@@ -110,7 +111,8 @@ def fit(
     inputs: Sequence[int],
     seconds: Sequence[float],
     *,
-    gather: int = 1,
+    vector: int = 1,
+    packet: int = 1,
 ) -> Fitted:
     """Fits times of layers; relative errors are minimized, no cost is negative.
 
@@ -119,8 +121,8 @@ def fit(
     [50.0, 100.0, inf, 1.0, 0.0]
     """
     channels = np.asarray(inputs)
-    ragged = channels % gather != 0
-    padded = np.asarray(patches, float) * (-(-channels // gather) * gather / channels)
+    ragged = channels % packet != 0
+    padded = np.asarray(patches, float) * (-(-channels // vector) * vector / channels)
     columns = [
         np.asarray(macs, float),
         np.where(ragged, 0.0, padded),
@@ -135,27 +137,27 @@ def fit(
     return Fitted(rate, unfold, slow, float(found[3]), error)
 
 
-def _fits(timed: list[Probe], seconds: list[float]) -> tuple[dict[str, Fitted], int]:
-    # Of the widths of vectors that processors have, the one that leaves the smallest error.
+def _fits(timed: list[Probe], seconds: list[float]) -> tuple[dict[str, Fitted], int, int]:
+    # Of the widths of vectors that processors have, those that leave the smallest error.
     groups = {op: [i for i, p in enumerate(timed) if p.op == op] for op in {p.op for p in timed}}
 
-    def fits(gather: int) -> dict[str, Fitted]:
-        return {
-            op: fit(
-                [timed[i].macs for i in group],
-                [timed[i].patches for i in group],
-                [timed[i].inputs for i in group],
-                [seconds[i] for i in group],
-                gather=gather if op == "conv" else 1,
-            )
-            for op, group in sorted(groups.items())
-        }
+    def fitted(op: str, vector: int = 1, packet: int = 1) -> Fitted:
+        chosen = [timed[i] for i in groups[op]]
+        return fit(
+            [p.macs for p in chosen],
+            [p.patches for p in chosen],
+            [p.inputs for p in chosen],
+            [seconds[i] for i in groups[op]],
+            vector=vector,
+            packet=packet,
+        )
 
-    found = {gather: fits(gather) for gather in (1, 4, 8, 16)}
-    # Vectors that are not full cannot be gathered faster than full ones.
-    sound = [g for g, by_op in found.items() if by_op["conv"].ragged <= by_op["conv"].unfold]
-    best = min([1, *sound], key=lambda gather: found[gather]["conv"].error)
-    return found[best], best
+    tried = {(v, p): fitted("conv", v, p) for v in _LANES for p in _LANES if p <= v}
+    # Packets that are not full cannot be gathered faster than full ones.
+    sound = [lanes for lanes, found in tried.items() if found.ragged <= found.unfold]
+    best = min([(1, 1), *sound], key=lambda lanes: tried[lanes].error)
+    found = {op: fitted(op) for op in sorted(groups)}
+    return {**found, "conv": tried[best]}, *best
 
 
 def bandwidth(size: int, *, repeats: int) -> float:
@@ -188,6 +190,13 @@ def elementwise(*, repeats: int) -> tuple[float, float, float]:
     taken = interleaved({**runs, "chain": lambda: chain(xs[large])}, repeats=repeats)
     slope = (taken[str(large)] - taken[str(small)]) / loops / (large - small)
     return count * large / taken["chain"], 8 / slope, taken[str(small)] / loops
+
+
+def call_overhead(*, repeats: int) -> float:
+    """Seconds that a call from Python with 100 arrays takes, as many as small networks have."""
+    arrays = [jnp.ones(16) for _ in range(100)]
+    first = jax.jit(lambda arrays: arrays[0] + 1.0)
+    return interleaved({"call": lambda: first(arrays)}, repeats=4 * repeats)["call"]
 
 
 def _processor() -> str:
@@ -248,7 +257,7 @@ def measure(*, watts: float = 0.0, repeats: int = 25, short: bool = False) -> st
         raise ValueError(f"need watts >= 0 and repeats >= 1, got {watts=}, {repeats=}")
     timed = probes(short=short)
     medians = interleaved({str(i): p.run for i, p in enumerate(timed)}, repeats=repeats)
-    fitted, gather = _fits(timed, [medians[str(i)] / _CALLS for i in range(len(timed))])
+    fitted, vector, packet = _fits(timed, [medians[str(i)] / _CALLS for i in range(len(timed))])
     rate, cached, overhead = elementwise(repeats=repeats)
     dram = bandwidth((16 if short else 256) << 20, repeats=repeats)
     source = f"python -m jaxcompress.cost.host, JAX {jax.__version__}, {datetime.date.today()}"
@@ -264,8 +273,10 @@ def measure(*, watts: float = 0.0, repeats: int = 25, short: bool = False) -> st
         'fusion = "loops"\n',
         _number("active_power", watts, "W", "as given to the command", "estimate"),
         _number("overhead", overhead, "s", f"{source}: kernels on 1 KiB"),
+        _number("call", call_overhead(repeats=repeats), "s", f"{source}: 100 arrays"),
         "\n[runtime.xla.alignment]\n",
-        _number("gather", gather, "channel", f"{source}: the best fit of 1, 4, 8 and 16"),
+        _number("vector", vector, "channel", f"{source}: the best fit of 1, 4, 8 and 16"),
+        _number("packet", packet, "channel", f"{source}: the best fit of 1, 4, 8 and 16"),
     ]
     for op, speed in fitted.items():
         lines.append(_throughput(op, speed, source))

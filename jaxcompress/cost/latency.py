@@ -138,11 +138,19 @@ def _timing(device: Device, load: Load, rate: Rate) -> Timing:
 
 def _unfold_s(device: Device, load: Load, rate: Rate) -> float:
     # Vectors that the input channels do not fill are gathered as if they did.
-    multiple = int(device.alignment["gather"].value) if "gather" in device.alignment else 1
-    if rate.ragged is not None and load.inputs % multiple:
-        padded = -(-load.inputs // multiple) * multiple / load.inputs
-        return load.patches * padded / device.per_s(rate.ragged)
-    return 0.0 if rate.unfold is None else load.patches / device.per_s(rate.unfold)
+    if rate.unfold is None and rate.ragged is None:
+        return 0.0
+    lanes = {
+        name: int(device.alignment[name].value) if name in device.alignment else 1
+        for name in ("vector", "packet")
+    }
+    slow = rate.ragged is not None and load.inputs % lanes["packet"] != 0
+    speed = rate.ragged if slow else rate.unfold
+    if speed is None:
+        return 0.0
+    channels = max(load.inputs, 1)
+    padded = -(-channels // lanes["vector"]) * lanes["vector"] / channels
+    return load.patches * padded / device.per_s(speed)
 
 
 def _bounded(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxcompress.cost.result import OTHER, Cost, LayerCost
+from jaxcompress.cost.result import CALL, OTHER, Cost, LayerCost
 
 
 def si(value: float, unit: str) -> str:
@@ -137,8 +137,8 @@ def _of_costs(costs: Mapping[str, Cost], rich: Any) -> Any:
 
 def contractions(cost: Cost) -> list[LayerCost]:
     """The layers with all kernels that hold no contraction added up in one, last but parameters."""
-    mains = [layer for layer in cost.layers if layer.op or layer.name == OTHER]
-    rest = [layer for layer in cost.layers if not layer.op and layer.name != OTHER]
+    mains = [layer for layer in cost.layers if layer.op or layer.name in (CALL, OTHER)]
+    rest = [layer for layer in cost.layers if layer not in mains]
     if len(rest) < 2:
         return list(cost.layers)
     sums: dict[str, Any] = {

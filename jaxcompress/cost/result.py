@@ -10,6 +10,9 @@ from jaxcompress.cost.device import Device
 OTHER = "other parameters"
 """Name of the row of the parameters that feed no contraction (biases, norms, embeddings)."""
 
+CALL = "call"
+"""Name of the row of what a run of the whole network takes besides its kernels."""
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -17,7 +20,7 @@ class LayerCost:
 
     Attributes:
       name: of the site in `graph.trace`; the scope and the primitive, if there is no contraction;
-        or `OTHER`.
+        or `OTHER` or `CALL`.
       op: one of `device.OPS`; "" without a contraction, as are the other words.
       macs, valid_macs: multiply-accumulates, zeros included, with and without padding.
       flops, transcendentals: 2 * macs + all other operations; exp, tanh, roots and the like apart.

@@ -85,6 +85,7 @@ class _Table:
         return Quantity(float(value), unit, self.text("source"), self.text("grade", GRADES))
 
 
+_ALIGNMENTS = ("inputs", "outputs", "vector", "packet")
 _GATHER = ("element/s", "cycle/element")
 _RATE_UNITS = {"unfold": _GATHER, "ragged": _GATHER, "overhead": ("s",)}
 _QUANTITY = ("value", "unit", "source", "grade")
@@ -178,7 +179,7 @@ def parse(values: Mapping[str, Any], name: str, *, runtime: str, file: str) -> D
     for key in top.table("runtime").values:
         table = top.table("runtime").table(key)
         required = ("description", "rates", "weights", "activations", "active_power", "overhead")
-        optional = ("unpack", "elementwise", "fusion", "voltage", "reserved", "alignment")
+        optional = ("unpack", "elementwise", "fusion", "call", "voltage", "reserved", "alignment")
         table.keys((*required, "throughput"), optional)
         found[key] = Device(
             name=name,
@@ -195,9 +196,10 @@ def parse(values: Mapping[str, Any], name: str, *, runtime: str, file: str) -> D
             unpack=_unpack(table),
             elementwise=_vectors(table),
             fusion=table.text("fusion", FUSIONS) if "fusion" in table.values else "elementwise",
+            call=table.quantity("call", "s") if "call" in table.values else None,
             voltage=table.quantity("voltage", "V") if "voltage" in table.values else None,
             reserved=_quantities(table, "reserved", memories, "B"),
-            alignment=_quantities(table, "alignment", ("inputs", "outputs", "gather"), "channel"),
+            alignment=_quantities(table, "alignment", _ALIGNMENTS, "channel"),
         )
     in_cycles = [q.unit for d in found.values() for _, q in d.quantities() if "cycle" in q.unit]
     if in_cycles and clock is None:
