@@ -198,6 +198,11 @@ def device(name_or_path: "str | os.PathLike[str] | Device") -> Device:
 
     if isinstance(name_or_path, Device):
         return name_or_path
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            "device: must be a name, the path of a .toml file or a Device, got "
+            f"{type(name_or_path).__name__}"
+        )
     text = os.fspath(name_or_path)
     base, colon, runtime = text.rpartition(":")
     if not colon or text.endswith(".toml"):

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 _FLOATS = {
@@ -68,19 +69,28 @@ def holds(wide: str, narrow: str) -> bool:
 
 
 def of_array(dtype: Any) -> tuple[str, int]:
-    """Name and stored bits of an array's dtype; unsigned integers count as integers.
+    """Name and stored bits of an array's dtype.
 
-    >>> of_array("uint8"), of_array("bfloat16")
-    (('int8', 8), ('bfloat16', 16))
+    Unsigned integers count as integers; complex numbers are two of their floats, random keys are
+    the words that they hold.
+
+    >>> of_array("uint8"), of_array("bfloat16"), of_array("complex64")
+    (('int8', 8), ('bfloat16', 16), ('float32', 64))
     """
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
+        return "int32", 32 * words.size
     dtype = jnp.dtype(dtype)
     if dtype == jnp.bool_:
         return "int1", 8
     if jnp.issubdtype(dtype, jnp.integer):
         bits = jnp.iinfo(dtype).bits
         return f"int{bits}", bits
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        bits = jnp.finfo(dtype).bits  # of one of the two parts
+        return f"float{bits}", 2 * bits
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"arrays of {dtype.name} have no cost: integers and real floats do")
+        raise ValueError(f"arrays of {dtype.name} have no cost: numbers and keys do")
     bits = jnp.finfo(dtype).bits
     match = re.match(r"float\d+_e\d+m\d+", dtype.name)
     return match[0] if match else dtype.name, bits

@@ -175,7 +175,8 @@ def _traffic(program: Inlined, made: list[Kernel]) -> None:
     for kernel in made:
         results = (n for op in kernel.ops for n in op.outputs if n not in same)
         kernel.writes = tuple(n for n in results if n in read_elsewhere and n in data)
-        kernel.in_place = tuple(_in_place(program, kernel, same))
+        pairs = _in_place(program, kernel, same)
+        kernel.in_place = tuple((read, write) for read, write in pairs if write in kernel.writes)
 
 
 def _views(made: list[Kernel]) -> dict[int, int]:
@@ -193,10 +194,14 @@ def _in_place(program: Inlined, kernel: Kernel, same: dict[int, int]) -> Iterato
     op = kernel.ops[0]
     if op.primitive == LOOP:
         entering, inside = carried(op)
-        yield from ((same.get(a, a), b) for a, b in zip(entering, inside, strict=True) if a)
+        yield from (
+            (same.get(a, a), b) for a, b in zip(entering, inside, strict=True) if a is not None
+        )
     elif op.primitive == END:
         finals = op.operands[len(op.operands) - len(op.eqn.outvars) :][: len(op.outputs)]
-        yield from ((same.get(a, a), b) for a, b in zip(finals, op.outputs, strict=True) if a)
+        yield from (
+            (same.get(a, a), b) for a, b in zip(finals, op.outputs, strict=True) if a is not None
+        )
     else:
         size = {n: program.values[n].aval.size for n in (*kernel.reads, *kernel.writes)}
         for read in kernel.reads:

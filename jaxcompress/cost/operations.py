@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from jaxcompress.graph import compat
 from jaxcompress.graph.inline import END, LOOP, Op
 from jaxcompress.graph.macs import count
@@ -110,8 +112,9 @@ def work(op: Op) -> Work | None:
 
     Data movement (gather, slice, pad, transpose, collectives) computes nothing; what it moves is
     counted in bytes. Integer powers count their multiplications, reductions one less than they
-    take, windows likewise, sorting n log2 n comparisons, FFTs 5 n log2 n, a Cholesky
-    factorization n^3 / 3, random numbers 50 per word.
+    take, windows likewise, sorting n log2 n comparisons, FFTs 5 n log2 n, factorizations their
+    textbook figures (Cholesky n^3 / 3), random numbers 50 per word. Operations on complex numbers
+    count as those on their parts: a product 6, a multiply-accumulate 4, others 2.
     """
     name = op.primitive
     out = max((size(v.aval) for v in op.eqn.outvars), default=0)
@@ -123,11 +126,17 @@ def work(op: Op) -> Work | None:
     if name in _TRANSCENDENTAL:
         return Work(transcendentals=out)
     if name in _ONE_EACH:
-        return Work(elementwise=out)
+        return Work(elementwise=out * _parts(op))
     if name == "integer_pow":
         return Work(elementwise=out * _multiplications(op.eqn.params["y"]))
     ruled = _RULES.get(name)
     return None if ruled is None else Work(*ruled(op.eqn, out))
+
+
+def _parts(op: Op) -> int:
+    if not jnp.issubdtype(op.eqn.outvars[0].aval.dtype, jnp.complexfloating):
+        return 1
+    return 6 if op.primitive in ("mul", "div") else 2
 
 
 def is_view(op: Op) -> bool:
@@ -194,6 +203,29 @@ def _solved(eqn: Any, out: int) -> tuple[int, int, int]:
     return 0, 0, out * eqn.invars[0].aval.shape[-1]
 
 
+# Operations of dense factorizations of m x n matrices, m >= n: (values alone, with the factors),
+# each a m n^2 + b n^3. Golub and Van Loan, Matrix Computations, 4th ed., 5.2, 7.5, 8.3 and 8.6.
+_FACTORS = {
+    "geqrf": ((2, -2 / 3), (2, -2 / 3)),
+    "householder_product": ((2, -2 / 3), (2, -2 / 3)),
+    "qr": ((2, -2 / 3), (4, -4 / 3)),
+    "svd": ((4, -4 / 3), (6, 20)),
+    "eigh": ((0, 4 / 3), (0, 9)),
+    "eig": ((0, 10), (0, 25)),
+    "schur": ((0, 10), (0, 25)),
+    "hessenberg": ((0, 10 / 3), (0, 10 / 3)),
+    "tridiagonal": ((0, 4 / 3), (0, 4 / 3)),
+}
+
+
+def _factored(eqn: Any, out: int) -> tuple[int, int, int]:
+    del out
+    *batch, rows, columns = eqn.invars[0].aval.shape
+    m, n = max(rows, columns), min(rows, columns)
+    a, b = _FACTORS[eqn.primitive.name][len(eqn.outvars) > 1]
+    return 0, 0, round(math.prod(batch) * (a * m * n**2 + b * n**3))
+
+
 _RULES = {
     **dict.fromkeys(_REDUCE, _reduced),
     "reduce": _reduced,
@@ -202,13 +234,18 @@ _RULES = {
     **dict.fromkeys(_SCATTER, lambda eqn, out: (0, 0, size(eqn.invars[2].aval))),
     **dict.fromkeys(_RANDOM, lambda eqn, out: (0, 0, _RANDOM_OPS * out)),
     "sort": _sorted,
-    "top_k": lambda eqn, out: (0, 0, _ins(eqn) * max(eqn.params["k"].bit_length(), 1)),
+    **dict.fromkeys(
+        ("top_k", "approx_top_k"),
+        lambda eqn, out: (0, 0, _ins(eqn) * max(eqn.params["k"].bit_length(), 1)),
+    ),
     "fft": _fft,
     "ragged_dot": _ragged,
     "ragged_dot_general": _ragged,
     "cholesky": _cubed(1 / 6),
     "lu": _cubed(1 / 3),
     "triangular_solve": _solved,
+    "lu_pivots_to_permutation": lambda eqn, out: (0, 0, out),
+    **dict.fromkeys(_FACTORS, _factored),
 }
 
 

@@ -93,6 +93,18 @@ def call_body(eqn: Any) -> Body:
     )
 
 
+def linear_solve(eqn: Any) -> tuple[int, Body, slice]:
+    """Of a `custom_linear_solve`: the number and the jaxpr of its solver, its constants' operands.
+
+    The number counts the jaxprs that `bodies` gives; the right-hand sides are the other arguments.
+    """
+    lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    before = [name for name in jaxprs._fields[: jaxprs._fields.index("solve")]]
+    number = sum(getattr(jaxprs, name) is not None for name in before)
+    start = sum(getattr(lengths, name) for name in before)
+    return number, body(jaxprs.solve), slice(start, start + lengths.solve)
+
+
 def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many the carry."""
     if "num_consts" in params:

@@ -160,6 +160,13 @@ class _Inliner:
             )
             times = call.times * devices
             return self.run(inner, call.operands, call.where.body(), times, region=call.region)
+        if name == "custom_linear_solve":
+            number, solver, consts = compat.linear_solve(call.eqn)
+            constants = call.operands[consts]
+            sides = call.operands[len(call.operands) - len(solver.jaxpr.invars) + len(constants) :]
+            inside = call.where.body(number)
+            operands = [*constants, *sides]
+            return self.run(solver.jaxpr, operands, inside, call.times, region=call.region)
         special = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(name)
         if special is not None:
             return special(call)

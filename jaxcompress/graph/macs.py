@@ -19,14 +19,21 @@ def count(eqn: Any) -> Macs:
     """MACs of a `dot_general` or `conv_general_dilated` equation.
 
     dot: |out| * prod(contracted sizes). conv: |out| * input channels per group * prod(kernel);
-    `valid` leaves out the products with padding or with the zeros between dilated inputs.
+    `valid` leaves out the products with padding or with the zeros between dilated inputs. Complex
+    numbers take four products of their parts.
     """
+    dense, valid = _count(eqn)
+    parts = 4 if np.issubdtype(eqn.outvars[0].aval.dtype, np.complexfloating) else 1
+    return Macs(parts * dense, parts * valid)
+
+
+def _count(eqn: Any) -> tuple[int, int]:
     lhs, rhs = (v.aval.shape for v in eqn.invars)
     out = eqn.outvars[0].aval.shape
     if eqn.primitive.name == compat.DOT:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         total = math.prod(out) * math.prod(lhs[axis] for axis in contracted)
-        return Macs(total, total)
+        return total, total
     lhs_spec, rhs_spec, out_spec = eqn.params["dimension_numbers"]
     # The kernel's input axis holds the channels of one group already; the output's batch axis is
     # one group's batch already. So neither group count enters.
@@ -44,7 +51,7 @@ def count(eqn: Any) -> Macs:
             lhs_dilation=eqn.params["lhs_dilation"][i],
             rhs_dilation=eqn.params["rhs_dilation"][i],
         )
-    return Macs(dense, valid)
+    return dense, valid
 
 
 def _valid_pairs(
