@@ -13,6 +13,7 @@ from experiments import compress, cost_host, cost_validation, count, data, quick
 from experiments import formats as formats_experiment
 from experiments._report import run
 from experiments.benchmarks import formats as formats_benchmark
+from experiments.benchmarks import stream as stream_benchmark
 
 needs_cifar = pytest.mark.skipif(
     data.DATA_VARIABLE not in os.environ, reason=f"{data.DATA_VARIABLE} is not set: no CIFAR-10"
@@ -126,6 +127,13 @@ def test_formats_tables_and_their_keys(capsys, tmp_path):
     assert json.loads((tmp_path / "formats_benchmark.json").read_text()) == row
     line = fails(formats_benchmark, "formats_benchmark", capsys, "--size", "8")
     assert "--size must be at least 32, got 8" in line
+
+
+@pytest.mark.broad
+def test_a_killed_run_of_the_streaming_quantizer_goes_on(capsys):
+    row = call(stream_benchmark, "stream_benchmark", capsys)
+    assert row["kills"] == 3 and row["identical"]
+    assert 0 < row["payload_bytes"] < 0.4 * row["source_bytes"]
 
 
 @pytest.mark.broad

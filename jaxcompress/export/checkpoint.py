@@ -27,8 +27,8 @@ from jaxcompress.formats import Format, Granularity, parse, shipped
 
 VERSION = "2"
 _ROOT = "(array)"  # the name of a tree that is one array
-_TAKEN = ("jaxcompress", "crc32", "activations")
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+TAKEN = ("jaxcompress", "crc32", "activations")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class Checkpoint(NamedTuple):
@@ -84,11 +84,9 @@ def file_size(
 def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
     arrays, schemes = _disassemble_grids(activations)
     flat = leaves_with_paths(params, is_leaf=is_packed)
-    _refuse_nested_names([name for name, _ in flat])
+    refuse_names([name for name, _ in flat])
     for name, leaf in flat:
-        if name == "__metadata__" or name.startswith("activations."):
-            raise ValueError(f"the name {name!r} is taken by the file format; rename the leaf")
-        parts, scheme = _disassemble(name or _ROOT, leaf)
+        parts, scheme = disassemble(name or _ROOT, leaf)
         if clash := set(parts) & set(arrays):
             raise ValueError(f"two leaves are named {sorted(clash)[0]!r}")
         arrays |= parts
@@ -97,16 +95,19 @@ def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata must be strings, got {key!r}: {value!r}")
-        if key in _TAKEN or key.startswith("leaf:"):
+        if key in TAKEN or key.startswith("leaf:"):
             raise ValueError(f"metadata key {key!r} is taken by the file format")
     content, size = container.encode(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
     assert size.payload_bytes == packed_bytes((params, dict(activations)))
     return content, size
 
 
-def _refuse_nested_names(names: list[str]) -> None:
+def refuse_names(names: list[str]) -> None:
+    """Raises ValueError for names of leaves that cannot stand in one file."""
     known = set(names)
     for name in names:
+        if name == "__metadata__" or name.startswith("activations."):
+            raise ValueError(f"the name {name!r} is taken by the file format; rename the leaf")
         parts = name.split("/")
         for depth in range(1, len(parts)):
             if (parent := "/".join(parts[:depth])) in known:
@@ -175,7 +176,11 @@ def _fields(name: str, format: Format, qparams: Any) -> dict[str, np.ndarray]:
     if any(sign in format.name for sign in "|;"):
         raise ValueError(f"{name}: the format's name {format.name!r} must not hold '|' or ';'")
     fields = qparams._asdict() if hasattr(qparams, "_asdict") else {}  # type: ignore
-    return {key: np.asarray(array) for key, array in fields.items() if not is_absent(array)}
+    return {key: _host(array) for key, array in fields.items() if not is_absent(array)}
+
+
+def _host(array: Any) -> Any:
+    return array if isinstance(array, jax.ShapeDtypeStruct) else np.asarray(array)
 
 
 def _qparams(format: Format, scale_shape: tuple[int, ...], take: Any) -> Any:
@@ -197,20 +202,24 @@ def _qparams(format: Format, scale_shape: tuple[int, ...], take: Any) -> Any:
     return type(template)(**found) if hasattr(template, "_asdict") else ()
 
 
-def _disassemble(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], str]:
+def disassemble(name: str, leaf: Any) -> tuple[dict[str, Any], str]:
+    """The arrays of a leaf by their names in the file, and its scheme ("" for a plain array).
+
+    A leaf of shapes and dtypes gives those of its arrays.
+    """
     if isinstance(leaf, Masked):
-        parts, inner = _disassemble(name, leaf.values)
+        parts, inner = disassemble(name, leaf.values)
         if not inner:
             parts = {f"{name}.values": parts[name]}
             inner = f"|||{_size_text(leaf.shape)}|{leaf.dtype}"
-        return {f"{name}.mask": np.asarray(leaf.bitmask), **parts}, f"{inner}|{leaf.nnz}"
+        return {f"{name}.mask": _host(leaf.bitmask), **parts}, f"{inner}|{leaf.nnz}"
     if not isinstance(leaf, QTensor):
         if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(f"{name}: only arrays of numbers can be saved, got {kind}")
-        return {name: np.asarray(leaf)}, ""
+        return {name: _host(leaf)}, ""
     fields = _fields(name, leaf.format, leaf.qparams)
-    parts = {f"{name}.codes": np.asarray(leaf.codes)}
+    parts = {f"{name}.codes": _host(leaf.codes)}
     parts |= {f"{name}.{field}": array for field, array in fields.items()}
     axes = ",".join(map(str, leaf.granularity.axis))
     group = "" if leaf.granularity.group is None else str(leaf.granularity.group)
@@ -265,7 +274,7 @@ def load(
         raise ValueError(f"{path}: {name}: its parts do not fit {scheme!r}: {error}") from error
     leaves |= {name: _as_saved(array) for name, array in arrays.items()}
     params = _nest(path, leaves) if like is None else _into(path, leaves, like)
-    return Checkpoint(params, grids, {k: v for k, v in metadata.items() if k not in _TAKEN})
+    return Checkpoint(params, grids, {k: v for k, v in metadata.items() if k not in TAKEN})
 
 
 def _as_saved(array: np.ndarray) -> Any:
@@ -286,7 +295,7 @@ def _assemble(
 ) -> Any:
     format_name, axes, group, sizes, dtype, *rest = scheme.split("|")
     shape = _sizes(sizes)
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise ValueError(f"unknown dtype {dtype!r}")
     if format_name:
         axis = tuple(int(a) for a in axes.split(",")) if axes else ()
