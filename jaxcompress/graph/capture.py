@@ -1,0 +1,171 @@
+"""Statistics of what enters every layer: sums, largest values and X^T X, in one pass per batch."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxcompress.graph.matrices import Layer, abstract, rows
+from jaxcompress.graph.sites import Tap
+from jaxcompress.graph.walk import walk
+
+Batches = Sequence[tuple[Any, ...]]
+
+
+class Moments(NamedTuple):
+    """Sums over all rows that entered a layer, float32; S, G, K as in `matrices.Layer.index`."""
+
+    count: Array  # [S] rows
+    total: Array  # [S, G, K] sum of x
+    magnitude: Array  # [S, G, K] sum of |x|
+    largest: Array  # [S, G, K] max of |x|
+    gram: Array  # [S, G, K, K] sum of x x^T; [S, G, 0, 0] where it was not asked for
+
+    @property
+    def mean(self) -> Array:
+        """[S, G, K] mean of x."""
+        return self.total / self._rows(2)
+
+    @property
+    def mean_magnitude(self) -> Array:
+        """[S, G, K] mean of |x|."""
+        return self.magnitude / self._rows(2)
+
+    @property
+    def hessian(self) -> Array:
+        """[S, G, K, K] mean of x x^T: half the Hessian of the layer's squared error."""
+        return self.gram / self._rows(3)
+
+    def _rows(self, extra: int) -> Array:
+        return jnp.maximum(self.count, 1).reshape(-1, *(1,) * extra)
+
+
+def check_batches(batches: Iterable[tuple[Any, ...]]) -> Batches:
+    """The batches as a list: at least one, each a tuple of inputs.
+
+    Raises:
+      ValueError: there is none.
+      TypeError: one is no tuple.
+    """
+    found = list(batches)
+    for inputs in found:
+        if not isinstance(inputs, tuple | list):
+            raise TypeError(
+                f"data must hold tuples of inputs, (x,) for one, got {type(inputs).__name__}"
+            )
+    if not found:
+        raise ValueError("data is empty: calibration needs at least one batch of inputs")
+    return [tuple(inputs) for inputs in found]
+
+
+def capture(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    layers: Sequence[Layer],
+    gram: bool = True,
+    grids: Mapping[str, Any] | None = None,
+) -> dict[str, Moments]:
+    """The moments of the inputs of `layers` by the names of their taps, over all batches.
+
+    One compiled pass per batch; what the chosen layers do not need is not computed.
+
+    Args:
+      fn: pure, (params, *inputs) -> outputs.
+      params: the parameters that `layers` were found with, or others of the same shapes.
+      batches: tuples of inputs; batches of one shape compile once.
+      layers: from `matrices.layers`; all their Gram matrices are in memory together, see `stream`.
+      gram: whether X^T X is wanted.
+      grids: {tap name: something with `snap`}: activations that are put on a grid on the way.
+
+    Raises:
+      ValueError: no batch; an activation that is not finite, with the layer's name.
+    """
+    batches = check_batches(batches)
+    grids = {} if grids is None else dict(grids)
+    names = tuple(layer.tap.name for layer in layers)
+    fresh = {layer.tap.name: _empty(layer, gram) for layer in layers}
+    states: dict[str, Any] = {
+        name: (fresh.get(name, ()), grids.get(name, ())) for name in {**grids, **fresh}
+    }
+    for inputs in batches:
+        states = _observe(states, params, inputs, fn=fn)
+    found = {}
+    for layer, name in zip(layers, names, strict=True):
+        moments = _of_trips(states[name][0], layer)
+        if not bool(jnp.all(jnp.isfinite(moments.total))):
+            raise ValueError(f"data: what enters {name!r} holds NaN or Inf")
+        found[name] = moments
+    return found
+
+
+def stream(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    layers: Sequence[Layer],
+    gram: bool = True,
+    grids: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[Layer, Moments]]:
+    """Every layer with its moments, one after the other: one Gram matrix in memory at a time.
+
+    Each layer takes a pass of its own over the batches, up to the layer.
+    """
+    batches = check_batches(batches)
+    for layer in layers:
+        found = capture(fn, params, batches, layers=[layer], gram=gram, grids=grids)
+        yield layer, found[layer.tap.name]
+
+
+def _empty(layer: Layer, gram: bool) -> Moments:
+    x, _ = abstract(layer)
+    groups, _, k = x.shape
+    lead = layer.site.loops
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    square = (*lead, groups, k, k) if gram else (*lead, groups, 0, 0)
+    vector = zeros((*lead, groups, k))
+    return Moments(zeros(lead), vector, vector, vector, zeros(square))
+
+
+@functools.partial(jax.jit, static_argnames=("fn",))
+def _observe(states: Any, params: Any, inputs: tuple[Any, ...], *, fn: Callable[..., Any]) -> Any:
+    return walk(fn, _visit)(states, params, *inputs)[1]
+
+
+def _visit(tap: Tap, x: Array, state: Any) -> tuple[Array, Any]:
+    moments, grid = state
+    if hasattr(grid, "snap"):
+        x = grid.snap(x)
+    if isinstance(moments, Moments):
+        moments = _added(moments, rows(tap, x).astype(jnp.float32))
+    return x, (moments, grid)
+
+
+def _added(moments: Moments, x: Array) -> Moments:
+    gram = moments.gram
+    if gram.shape[-1] == x.shape[-1]:
+        gram = gram + jnp.einsum("grk,grl->gkl", x, x, precision=lax.Precision.HIGHEST)
+    return Moments(
+        moments.count + x.shape[1],
+        moments.total + jnp.sum(x, axis=1),
+        moments.magnitude + jnp.sum(jnp.abs(x), axis=1),
+        jnp.maximum(moments.largest, jnp.max(jnp.abs(x), axis=1, initial=0.0)),
+        gram,
+    )
+
+
+def _of_trips(moments: Moments, layer: Layer) -> Moments:
+    # Trips in one axis; where they share the weights, all together.
+    depth = len(layer.site.loops)
+    trips = math.prod(layer.site.loops)
+    flat = Moments(*(field.reshape(trips, *field.shape[depth:]) for field in moments))
+    if not layer.shared:
+        return flat
+    total = Moments(*(jnp.sum(field, axis=0, keepdims=True) for field in flat))
+    return total._replace(largest=jnp.max(flat.largest, axis=0, keepdims=True))

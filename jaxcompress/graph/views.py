@@ -1,0 +1,138 @@
+"""Which elements of a parameter leaf a contraction multiplies with, whatever views lie between."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcompress.graph import compat
+from jaxcompress.graph.follow import Place
+from jaxcompress.graph.inline import LOOP, Inlined, Op, inline
+from jaxcompress.graph.trace import Program
+
+
+class View(NamedTuple):
+    """The weight operand of a contraction as elements of one leaf.
+
+    Attributes:
+      path: of the leaf.
+      index: int [*trips, *operand shape], positions in the flattened leaf; one axis in front for
+        each enclosing loop, outermost first, of size 1 where all trips use the same elements.
+    """
+
+    path: str
+    index: np.ndarray
+
+
+class Part(NamedTuple):
+    """Elements of a leaf: a view, within the first `depth` of the loops around it."""
+
+    path: str
+    index: np.ndarray  # [*trips of the first `depth` loops, *shape]
+    depth: int
+
+    def inside(self, depth: int) -> "Part":
+        """The same within `depth` loops: the further ones share it."""
+        lead, rest = self.index.shape[: self.depth], self.index.shape[self.depth :]
+        index = self.index.reshape(*lead, *(1,) * (depth - self.depth), *rest)
+        return Part(self.path, index, depth)
+
+
+def views(program: Program) -> dict[Place, View]:
+    """The view behind the weight operand of every contraction where there is one.
+
+    Transposes, reshapes, slices, casts and the rows of a scan are views; arithmetic on a leaf
+    (normalized or masked weights), joined leaves and leaves that a loop carries are none.
+    """
+    flat = inline(program, weigh=len)
+    parts, found = parts_of(program, flat), {}
+    for op in flat.ops:
+        site = program.contractions.get(op.place)
+        number = None if site is None or site.weight is None else op.operands[site.weight]
+        if number in parts:
+            part = parts[number]
+            found[op.place] = View(part.path, part.inside(len(op.region)).index)
+    return found
+
+
+def parts_of(program: Program, flat: Inlined, *, broadcast: bool = False) -> dict[int, Part]:
+    """All values of an inlined program that are views of one leaf, by number.
+
+    Args:
+      program: what was traced.
+      flat: its operations.
+      broadcast: whether a view may repeat elements.
+    """
+    parts: dict[int, Part] = {}
+    for number, (path, leaf) in enumerate(program.graph.params.items()):
+        index = np.arange(math.prod(leaf.shape)).reshape(leaf.shape)
+        parts[number] = Part(path, index, 0)
+    for op in flat.ops:
+        if op.primitive == LOOP:
+            parts.update(_rows(op, parts))
+        elif (result := _viewed(op, parts, broadcast)) is not None:
+            parts[op.outputs[0]] = result
+    return parts
+
+
+def _rows(op: Op, parts: dict[int, Part]) -> dict[int, Part]:
+    # What a scan takes row by row has the trips in front inside its body.
+    if op.eqn.primitive.name != "scan":
+        return {}
+    consts, carry = compat.scan_sizes(op.eqn.params)
+    depth, found = len(op.region), {}
+    stacked = op.operands[consts + carry :]
+    for outer, inner in zip(stacked, op.outputs[carry : carry + len(stacked)], strict=True):
+        if outer in parts:
+            part = parts[outer].inside(depth)
+            found[inner] = part._replace(depth=depth + 1)
+    return found
+
+
+def _viewed(op: Op, parts: dict[int, Part], broadcast: bool) -> Part | None:
+    if not op.operands or op.operands[0] not in parts or op.primitive not in _VIEWS:
+        return None
+    part = parts[op.operands[0]]
+    lead = part.index.shape[: part.depth]
+    rows = part.index.reshape(math.prod(lead), *part.index.shape[part.depth :])
+    shape = op.eqn.outvars[0].aval.shape
+    if math.prod(shape) > math.prod(rows.shape[1:]):  # elements repeat
+        return _repeated(part, op.eqn.params, shape) if broadcast else None
+    result = _VIEWS[op.primitive](rows, op.eqn.params, (len(rows), *shape))
+    return part._replace(index=result.reshape(*lead, *shape))
+
+
+def _repeated(part: Part, params: Any, shape: tuple[int, ...]) -> Part | None:
+    if "broadcast_dimensions" not in params:
+        return None
+    lead, old = part.index.shape[: part.depth], part.index.shape[part.depth :]
+    sizes = [1] * len(shape)
+    for axis, n in zip(params["broadcast_dimensions"], old, strict=True):
+        sizes[axis] = n
+    index = np.broadcast_to(part.index.reshape(*lead, *sizes), (*lead, *shape))
+    return part._replace(index=index)
+
+
+_View = Callable[[np.ndarray, Any, tuple[int, ...]], np.ndarray]
+
+
+def _sliced(rows: np.ndarray, params: Any, shape: tuple[int, ...]) -> np.ndarray:
+    del shape
+    steps = params["strides"] or (1,) * len(params["start_indices"])
+    bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
+    return rows[(slice(None), *(slice(*bound) for bound in bounds))]
+
+
+_SAME: _View = lambda rows, params, shape: rows.reshape(shape)
+# The first axis is the trips'.
+_VIEWS: dict[str, _View] = {
+    "transpose": lambda rows, p, shape: rows.transpose(0, *(a + 1 for a in p["permutation"])),
+    "rev": lambda rows, p, shape: np.flip(rows, tuple(a + 1 for a in p["dimensions"])),
+    "slice": _sliced,
+    **dict.fromkeys(
+        "reshape squeeze expand_dims broadcast_in_dim convert_element_type copy copy_p "
+        "reduce_precision optimization_barrier sharding_constraint name".split(),
+        _SAME,
+    ),
+}

@@ -1,0 +1,162 @@
+"""What post-training methods are told: formats by path, and what they find: layers and a recipe."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from jaxcompress.core.combine import by_path
+from jaxcompress.core.compressor import Compressor, CompressState, identity, is_absent
+from jaxcompress.core.paths import leaves_with_paths, match_rules
+from jaxcompress.formats import Format, Granularity, check_format, granularity_for
+from jaxcompress.graph.capture import Batches, check_batches
+from jaxcompress.graph.matrices import Layer, layers
+from jaxcompress.quantize.calibrate import Calibrator
+from jaxcompress.quantize.weights import weights
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a weight is stored: the arguments of `quantize.weights`.
+
+    Attributes:
+      format: e.g. `formats.integer(4)`.
+      axis: channel axes; the default is the last one, the outputs of Flax kernels.
+      group, block: elements that share a scale, see `quantize.weights`.
+      calibrate: how the range of a block is found; `quantize.mse()` clips.
+    """
+
+    format: Format
+    axis: int | tuple[int, ...] | None = -1
+    group: int | None = None
+    block: int | tuple[int, ...] | None = None
+    calibrate: Calibrator | None = None
+
+    def __post_init__(self):
+        check_format(self.format)
+
+    @property
+    def where(self) -> Granularity:
+        """Which elements share a scale."""
+        axis = None if self.block is not None else self.axis
+        return granularity_for(self.format, axis, self.group, self.block)
+
+    def weights(self) -> Compressor:
+        """The quantizer of the leaves it is for."""
+        return weights(
+            self.format,
+            axis=None if self.block is not None else self.axis,
+            group=self.group,
+            block=self.block,
+            calibrate=self.calibrate,
+        )
+
+
+Rules = Mapping[str, Spec]
+
+
+def recipe(spec: Rules) -> Compressor:
+    """The Compressor of a specification: it applies and packs what the methods give.
+
+    Args:
+      spec: regular expression on the whole path -> `Spec`; the first match wins, other leaves stay.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxcompress.core import packed_bytes
+    >>> from jaxcompress.formats import integer
+    >>> four = recipe({".*kernel": Spec(integer(4))})
+    >>> params = {"kernel": jnp.ones((8, 2)), "bias": jnp.ones(2)}
+    >>> packed_bytes(four.pack(params, four.init(params)))  # 8 of codes, 2 scales, a bias
+    24
+    """
+    _check(spec)
+    return by_path({rule: s.weights() for rule, s in spec.items()}, default=identity())
+
+
+def _check(spec: Any) -> None:
+    if not isinstance(spec, Mapping):
+        raise TypeError(
+            "spec must map regular expressions on paths to Spec, such as "
+            f'{{".*kernel": Spec(formats.integer(4))}}, got {type(spec).__name__}'
+        )
+    for rule, entry in spec.items():
+        if not isinstance(entry, Spec):
+            raise TypeError(f"spec: {rule!r} must be a Spec, got {type(entry).__name__}")
+
+
+class Plan(NamedTuple):
+    """A network and a specification, matched.
+
+    Attributes:
+      recipe: the Compressor.
+      layers: those whose leaf a rule takes, in order of execution.
+      rules: path of a leaf -> its rule.
+      spec: path of a leaf -> its `Spec`.
+      batches: the data, a list.
+    """
+
+    recipe: Compressor
+    layers: tuple[Layer, ...]
+    rules: dict[str, str]
+    spec: dict[str, Spec]
+    batches: Batches
+
+    def with_qparams(self, state: CompressState, qparams: Mapping[str, Any]) -> CompressState:
+        """The recipe's state with other scales, {path: the format's arrays}."""
+        buffers = dict(state.buffers or {})
+        for path, found in qparams.items():
+            rule = self.rules[path]
+            if not is_absent(found):  # a format without scales has no state
+                buffers[rule] = {**buffers[rule], path: found}
+        return state._replace(buffers=buffers or ())
+
+    def qparams(self, state: CompressState, path: str) -> Any:
+        """The scales of a leaf."""
+        found = (state.buffers or {}).get(self.rules[path], ())
+        return () if is_absent(found) else found[path]
+
+
+def plan(
+    apply_fn: Callable[..., Any], params: Any, data: Iterable[tuple[Any, ...]], spec: Rules
+) -> Plan:
+    """Matches a specification with the layers of a network.
+
+    Warns of leaves that a rule takes and that no layer uses as they are: they are rounded only.
+
+    Raises:
+      ValueError: no data; a rule that matches nothing; no layer that a rule takes.
+      TypeError: `spec` or a batch is of another kind.
+    """
+    _check(spec)
+    batches = check_batches(data)
+    matched = match_rules(spec, [path for path, _ in leaves_with_paths(params)])
+    rules = {path: rule for path, rule in matched.items() if rule is not None}
+    found = layers(apply_fn, params, *batches[0])
+    chosen = tuple(layer for layer in found.layers if layer.path in rules)
+    if not chosen:
+        names = [layer.path for layer in found.layers] or sorted(found.refused)
+        raise ValueError(f"spec: its rules take the weight of no layer; layers: {names}")
+    left = sorted(set(rules) - {layer.path for layer in chosen})
+    refused = [f"{name}: {why}" for name, why in found.refused.items()]
+    if left:
+        warnings.warn(
+            f"rounded only, since no contraction takes them as they are: {', '.join(left)}"
+            + (f" ({'; '.join(refused)})" if refused else ""),
+            stacklevel=3,
+        )
+    specs = {path: spec[rule] for path, rule in rules.items()}
+    return Plan(recipe(spec), chosen, rules, specs, batches)
+
+
+def leaf(params: Any, path: str) -> Array:
+    """The leaf at a path."""
+    return next(leaf for name, leaf in leaves_with_paths(params) if name == path)
+
+
+def replaced(params: Any, leaves: Mapping[str, Any]) -> Any:
+    """The tree with other leaves at some paths."""
+    flat = [leaves.get(path, old) for path, old in leaves_with_paths(params)]
+    return jax.tree.structure(params).unflatten(flat)
