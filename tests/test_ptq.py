@@ -10,6 +10,7 @@ from jaxcompress import core, formats
 from jaxcompress.formats import integer
 from jaxcompress.quantize import mse, ptq
 from jaxcompress.quantize.ptq import Spec, adaround, gptq, hqq, recipe, sweep
+from jaxcompress.quantize.ptq.reconstruct import squared_error
 from jaxcompress.quantize.weights import qparams_of
 
 
@@ -285,6 +286,37 @@ def test_bias_correction_removes_the_mean_error():
     stem = nearest(params["stem"]["kernel"], spec[".*kernel"])
     shift = np.asarray(got["stem"]["bias"] - params["stem"]["bias"], np.float64)
     np.testing.assert_allclose(conv(stem) + shift, conv(params["stem"]["kernel"]), atol=1e-6)
+
+
+def test_reconstruction_brings_the_outputs_of_the_whole_network_back():
+    params, data = network_params(), [(draw(6, 7, 7, 2, seed=s),) for s in (20, 21)]
+    spec = {".*kernel": Spec(integer(3))}
+    comp = recipe(spec)
+    off = lambda view: sum(
+        float(squared_error(network(view, *batch), network(params, *batch))) for batch in data
+    )
+    start = gptq(network, params, data, spec)
+    got, state = ptq.reconstruct(
+        network, params, data, spec, quantized=start, epochs=30, learning_rate=1e-3
+    )
+    assert off(comp.apply(got, state)) < 0.7 * off(comp.apply(*start))
+    np.testing.assert_array_equal(
+        jax.tree.leaves(core.unpack(comp.pack(got, state)))[0],
+        jax.tree.leaves(comp.apply(got, state))[0],
+    )
+    # A step size that can only harm leaves the start.
+    same, _ = ptq.reconstruct(
+        network, params, data, spec, quantized=start, epochs=1, learning_rate=1e3
+    )
+    jax.tree.map(np.testing.assert_array_equal, same, start[0])
+
+
+def test_leaves_that_are_no_floats_stay_in_reconstruction():
+    fn = lambda p, x: x @ p["w"] * p["step"].astype(jnp.float32)
+    params = {"w": draw(8, 4), "step": jnp.array(2), "key": jax.random.key(0)}
+    data, spec = [(draw(5, 8),)], {"w": Spec(integer(3))}
+    got, _ = ptq.reconstruct(fn, params, data, spec, epochs=2, learning_rate=1e-3)
+    assert got["step"] == 2 and got["key"] == params["key"]
 
 
 def test_a_tied_weight_is_rounded_once():

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import nnls
 
 from jaxcompress.cost.device import OPS, Device, Quantity, Rate
 from jaxcompress.cost.result import Cost
@@ -129,6 +128,8 @@ def class_factors(
     >>> class_factors([])["conv"]
     1.0
     """
+    from scipy.optimize import nnls  # here, since it takes long to import
+
     start = np.array([1.0 if prior is None else prior[op] for op in OPS])
     rows = [[(seconds_by_class(cost), _positive(s)) for cost, s in board] for board in boards]
     factors = start.copy()

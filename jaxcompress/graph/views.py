@@ -100,7 +100,7 @@ def _viewed(op: Op, parts: dict[int, Part], broadcast: bool) -> Part | None:
     if math.prod(shape) > math.prod(rows.shape[1:]):  # elements repeat
         return _repeated(part, op.eqn.params, shape) if broadcast else None
     result = _VIEWS[op.primitive](rows, op.eqn.params, (len(rows), *shape))
-    return part._replace(index=result.reshape(*lead, *shape))
+    return part._replace(index=result.reshape((*lead, *shape)))
 
 
 def _repeated(part: Part, params: Any, shape: tuple[int, ...]) -> Part | None:

@@ -1,0 +1,288 @@
+"""Cross-layer equalization: channels get scales with which all ranges of the weights are alike.
+
+Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv
+1906.04721, sections 4.1 and 4.2.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxcompress.core.compressor import CompressState
+from jaxcompress.graph import compat
+from jaxcompress.graph.absorb import (
+    Absorption,
+    Elements,
+    Flat,
+    absorbable,
+    channels_of,
+    ranges,
+    rescale,
+)
+from jaxcompress.graph.biases import Bias, biases
+from jaxcompress.graph.capture import Batches, Moments, capture
+from jaxcompress.graph.inline import Op
+from jaxcompress.graph.matrices import Layer, layers_of
+from jaxcompress.graph.trace import trace_program
+from jaxcompress.quantize.ptq.spec import Rules, leaf, plan, replaced
+
+
+def equalize(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    data: Iterable[tuple[Any, ...]],
+    spec: Rules,
+    *,
+    iterations: int = 200,
+    tolerance: float = 1e-3,
+    limit: float = 2.0**20,
+    absorb_bias: bool = True,
+) -> tuple[Any, CompressState]:
+    """Equal ranges of the weights in front of and behind every channel; the same function.
+
+    For a channel with weights of range r1 in front and r2 behind, with ReLU, pooling or nothing
+    between them, t = sqrt(r2 / r1) makes both sqrt(r1 r2). Chains of layers are repeated until
+    nothing moves. It is meant for one scale per tensor (`Spec(format, axis=None)`), where one large
+    channel costs all others their precision. BatchNorm must be folded first (`fold_batch_norm`).
+
+    Args:
+      apply_fn: pure, (params, *inputs) -> outputs.
+      params: float parameters.
+      data: batches, tuples of inputs; the first one's shapes are used, and all of them by
+        `absorb_bias`.
+      spec: how the equalized weights are stored.
+      iterations: at most.
+      tolerance: stop when no scale changes by more than this share.
+      limit: scales stay between 1 / limit and limit.
+      absorb_bias: afterwards, see `absorb_high_bias`.
+
+    Returns:
+      (params, state): the other parameters of the same function, and the state of `spec` for them.
+
+    Raises:
+      ValueError: as `spec.plan`; iterations below 1, tolerance not above 0, limit below 1.
+    """
+    if iterations < 1 or tolerance <= 0 or limit < 1:
+        raise ValueError(
+            "iterations must be at least 1, tolerance above 0 and limit at least 1, got "
+            f"{iterations=}, {tolerance=}, {limit=}"
+        )
+    planned = plan(apply_fn, params, data, spec)
+    found, refused = absorbable(apply_fn, params, *planned.batches[0])
+    groups = tuple(g for g in found if _weights(g.producers) and _weights(g.consumers))
+    if not groups:
+        warnings.warn(f"nothing to equalize: {_reasons(refused)}", stacklevel=2)
+    scales = equal_scales(params, groups, iterations=iterations, tolerance=tolerance, limit=limit)
+    for group, t in zip(groups, scales, strict=True):
+        params = rescale(params, group, t)
+    if absorb_bias:
+        params = absorb_high_bias(apply_fn, params, planned.batches, groups)
+    return params, planned.recipe.init(params)
+
+
+def _reasons(refused: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in refused.items()) or "no layer reads another"
+
+
+def _weights(parts: Sequence[Elements]) -> tuple[Elements, ...]:
+    return tuple(elements for elements in parts if elements.weight)
+
+
+def equal_scales(
+    params: Any,
+    groups: Sequence[Absorption],
+    *,
+    iterations: int = 200,
+    tolerance: float = 1e-3,
+    limit: float = 2.0**20,
+) -> list[Array]:
+    """The scales [channels] of every group that make the ranges of its weights equal.
+
+    A channel without weights on one side that are not 0 keeps the scale 1.
+    """
+    ones = [jnp.ones(group.channels) for group in groups]
+
+    @jax.jit
+    def sweep(totals: list[Array], params: Any) -> tuple[list[Array], Array]:
+        # Always from the given weights: rounding happens once.
+        for group, t in zip(groups, totals, strict=True):
+            params = rescale(params, group, t)
+        found, change = [], jnp.zeros(())
+        for group, total in zip(groups, totals, strict=True):
+            front = ranges(params, _weights(group.producers), group.channels)
+            behind = ranges(params, _weights(group.consumers), group.channels)
+            alive = (front > 0) & (behind > 0)
+            # t = sqrt(r2 / r1)
+            t = jnp.sqrt(jnp.where(alive, behind, 1.0) / jnp.where(alive, front, 1.0))
+            new = jnp.clip(total * t, 1 / limit, limit)
+            params = rescale(params, group, new / total)
+            change = jnp.maximum(change, jnp.max(jnp.abs(jnp.log(new / total)), initial=0.0))
+            found.append(new)
+        return found, change
+
+    totals = ones
+    for _ in range(iterations if groups else 0):
+        totals, change = sweep(totals, params)
+        if float(change) < tolerance:
+            break
+    return totals
+
+
+class Shift(NamedTuple):
+    """A bias that can move through a ReLU into the biases behind it.
+
+    Attributes:
+      group: the channels.
+      front: the bias in front, as elements.
+      consumers: layers behind, each with its bias.
+    """
+
+    group: Absorption
+    front: Elements
+    consumers: tuple[tuple[Layer, Bias], ...]
+
+
+def absorb_high_bias(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Batches,
+    groups: Sequence[Absorption],
+) -> Any:
+    """Moves what activations nearly always exceed into the next biases, so that ranges shrink.
+
+    relu(y - c) = relu(y) - c where y >= c: with c = max(0, mean - 3 std) of a channel, over the
+    data, b1 <- b1 - c and b2 <- b2 + W2^T c. Exact for inputs on which no channel falls below its
+    c. Only where a bias is followed by a ReLU and then, besides views, by layers with biases of
+    their own; convolutions with padding are left alone: on the border c is not added.
+
+    Args:
+      apply_fn, params, batches: as `equalize`.
+      groups: of `graph.absorb.absorbable`.
+    """
+    shifts = shiftable(apply_fn, params, batches[0], groups)
+    behind = [layer for shift in shifts for layer, _ in shift.consumers]
+    moments = capture(apply_fn, params, batches, layers=behind) if behind else {}
+    for group, front, consumers in shifts:
+        layer, _ = consumers[0]
+        c = _least(group, layer, moments[layer.tap.name])
+        bias = leaf(params, front.path)
+        shift = jnp.where(front.channel < 0, 0.0, c[front.channel])
+        params = replaced(params, {front.path: bias - shift.astype(bias.dtype)})
+        for layer, bias in consumers:
+            # [S, G, N] sum over inputs of W2 c
+            at = channels_of(group, layer)
+            inputs = jnp.where(at < 0, 0.0, c[at])
+            w = layer.take(leaf(params, layer.path)).astype(jnp.float32)
+            more = jnp.einsum("sgkn,sgk->sgn", w, inputs, precision=lax.Precision.HIGHEST)
+            old = leaf(params, bias.path)
+            new = old.reshape(-1).at[bias.index].add(more.astype(old.dtype))
+            params = replaced(params, {bias.path: new.reshape(old.shape)})
+    return params
+
+
+def _least(group: Absorption, layer: Layer, moments: Moments) -> Array:
+    # c = max(0, mean - 3 std), the least over the inputs that share a channel.
+    square = jnp.diagonal(moments.hessian, axis1=-2, axis2=-1)
+    std = jnp.sqrt(jnp.maximum(square - moments.mean**2, 0.0))
+    c = jnp.maximum(moments.mean - 3 * std, 0.0).reshape(-1)
+    at = channels_of(group, layer).reshape(-1)
+    at = np.where(at < 0, group.channels, at)
+    least = jnp.full(group.channels, jnp.inf).at[at].min(c, mode="drop")
+    return jnp.where(jnp.isfinite(least), least, 0.0)
+
+
+def shiftable(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    inputs: Sequence[Any],
+    groups: Sequence[Absorption],
+) -> tuple[Shift, ...]:
+    """The groups whose bias in front can move through a ReLU into the biases behind it."""
+    program = trace_program(apply_fn, params, *inputs)
+    flat, known = Flat(program), layers_of(program).layers
+    found = biases(apply_fn, params, *inputs, layers=known)
+    named = {layer.site.name: layer for layer in known}
+    shifts = []
+    for group in groups:
+        front = [elements for elements in group.producers if not elements.weight]
+        before = named.get(group.producer)
+        behind = [named[name] for name in group.layers if name in named]
+        chain = before and _chain(flat, before)
+        if len(front) != 1 or not chain or len(behind) != len(group.layers):
+            continue
+        own = found.get(before.tap.name) if before else None
+        if own is None or own.path != front[0].path or not _private(flat, own.path):
+            continue
+        if set(chain) != {layer.site.name for layer in behind}:
+            continue
+        after = tuple((layer, found.get(layer.tap.name)) for layer in behind)
+        fit = [bias for layer, bias in after if bias and _takes_shift(flat, layer, bias)]
+        if len(fit) == len(after):
+            shifts.append(Shift(group, front[0], after))  # type: ignore[arg-type]
+    return tuple(shifts)
+
+
+def _chain(flat: Flat, layer: Layer) -> list[str]:
+    # Names of the sites behind output -> bias -> ReLU, and views between; [] for anything else.
+    at = next(k for k, op in enumerate(flat.ops) if _site(flat, op) == layer.site.name)
+    wanted, number = ["add", "max"], flat.ops[at].outputs[0]
+    while number not in flat.outputs:
+        readers = [flat.ops[k] for k in flat.readers.get(number, ())]
+        names = [_site(flat, op) for op in readers]
+        if not wanted and readers and all(names):
+            return [name for name in names if name]
+        if len(readers) != 1:
+            return []
+        (op,) = readers
+        if wanted and op.primitive == wanted[0]:
+            if op.primitive == "max" and not any(
+                map(functools.partial(_is_zero, flat, op), (0, 1))
+            ):
+                return []
+            if op.primitive == "add" and all(map(flat.is_data, op.operands)):
+                return []
+            wanted = wanted[1:]
+        elif op.primitive not in _VIEWS:
+            return []
+        number = op.outputs[0]
+    return []
+
+
+_VIEWS = frozenset("reshape squeeze expand_dims transpose".split())
+
+
+def _site(flat: Flat, op: Op) -> str:
+    site = flat.program.contractions.get(op.place)
+    return site.name if site is not None and op.primitive in (compat.DOT, compat.CONV) else ""
+
+
+def _is_zero(flat: Flat, op: Op, port: int) -> bool:
+    return flat.is_free(op, port) and bool(np.all(flat.literal(op, port) == 0))
+
+
+def _private(flat: Flat, path: str) -> bool:
+    # Whether a leaf is used in one place.
+    number = flat.paths.index(path)
+    while len(readers := flat.readers.get(number, ())) == 1:
+        op = flat.ops[readers[0]]
+        if flat.is_data(op.outputs[0]):
+            return True
+        number = op.outputs[0]
+    return False
+
+
+def _takes_shift(flat: Flat, layer: Layer, bias: Bias) -> bool:
+    config, site = layer.site.config, layer.site
+    if layer.index.shape[0] > 1 or math.prod(site.loops) > 1 or not _private(flat, bias.path):
+        return False
+    if site.primitive == compat.DOT:
+        return True
+    dilated = any(n > 1 for n in config["lhs_dilation"])
+    return not dilated and all(low <= 0 and high <= 0 for low, high in config["padding"])
