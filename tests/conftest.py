@@ -15,7 +15,10 @@ os.environ["MPLBACKEND"] = "Agg"
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Drops the compiled programs of a module with it: all together would fill the memory."""
+    """Drops the compiled programs of a module with it.
+
+    Each takes memory maps, of which a process has 65,530 on Linux: all tests together crash it.
+    """
     yield
     import jax
 

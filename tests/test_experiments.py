@@ -42,6 +42,7 @@ def fails(module, name, capsys, *flags):
     return line
 
 
+@pytest.mark.broad
 def test_quickstart_writes_a_file_that_a_fresh_process_reads(capsys, tmp_path):
     row = call(quickstart, "quickstart", capsys, "--run-dir", str(tmp_path / "run"))
     keys = {"teacher_top1_percent", "student_top1_percent", "packed_bytes", "budget_bytes"}
@@ -121,6 +122,7 @@ def test_compress_errors(capsys, tmp_path, flags, message):
     assert not file.exists()
 
 
+@pytest.mark.broad
 def test_formats_tables_and_their_keys(capsys, tmp_path):
     row = call(formats_benchmark, "formats_benchmark", capsys, "--out", str(tmp_path))
     assert {"int4_g32_pack_over_memcpy", "fake_quant_overhead", "memcpy_gb_per_s"} <= set(row)
@@ -153,6 +155,7 @@ def test_a_truncated_packed_file_is_one_clear_error(tmp_path):
         quickstart.accuracy_of_file(path)
 
 
+@pytest.mark.broad
 def test_costs_are_counted_and_validated(capsys, tmp_path):
     row = call(count, "count", capsys)
     assert row["networks"] == row["networks_equal"] > 3

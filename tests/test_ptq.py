@@ -111,6 +111,7 @@ SPECS = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize(
     "how", [{}, {"act_order": True}, {"groups": "current"}, {"sweeps": 2}], ids=str
