@@ -6,7 +6,6 @@ does the work; a progress bar appears on standard error where `rich` is installe
 
 import hashlib
 import http.client
-import importlib.util
 import tarfile
 import urllib.request
 import zlib
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from jaxcompress.cli import byte_bar
 from jaxcompress.core.files import replacing
 
 _CHUNK_BYTES = 1 << 18
@@ -123,19 +123,10 @@ def _mismatch(where: str, remote: Remote, found: str) -> str:
 @contextmanager
 def _progress(name: str, *, total: int | None) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with each number of bytes received."""
-    if importlib.util.find_spec("rich") is None:
+    found = byte_bar()
+    if found is None:
         yield lambda received: None
         return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    with found as bar:
         task = bar.add_task(name, total=total)
         yield lambda received: bar.advance(task, received)

@@ -1,7 +1,7 @@
 """Accuracy of a classifier on a data set, in batches of one shape."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -9,6 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 
 PredictFn = Callable[[jax.Array], jax.Array]
+
+
+def as_partial(fn: Callable) -> jax.tree_util.Partial:
+    """The function as a pytree whose arrays are arguments of a jitted program."""
+    # One around another would hide them.
+    return fn if isinstance(fn, jax.tree_util.Partial) else jax.tree_util.Partial(fn)
+
+
+def by_length(
+    lengths: Sequence[int], edges: Sequence[int], *, size: int
+) -> Iterator[tuple[list[int], int]]:
+    """Batches of sequences that are padded to few lengths: (at most `size` numbers, the length).
+
+    Args:
+      lengths: of the sequences, 1 to the last edge.
+      edges: ascending; each sequence goes to the first one that it fits in, short ones first.
+
+    >>> list(by_length([3, 1, 4, 2], (2, 4), size=1))
+    [([1], 2), ([3], 2), ([0], 4), ([2], 4)]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for shortest, length in zip((0, *edges), edges, strict=False):
+        group = [number for number in order if shortest < lengths[number] <= length]
+        for start in range(0, len(group), size):
+            yield group[start : start + size], length
 
 
 def top1(
@@ -54,9 +79,7 @@ def top1(
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if threads is None:
         threads = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
-    # The arrays of a Partial are arguments of the program; one around another would hide them.
-    is_partial = isinstance(predict_fn, jax.tree_util.Partial)
-    predict = predict_fn if is_partial else jax.tree_util.Partial(predict_fn)
+    predict = as_partial(predict_fn)
     size = min(batch_size, total)
     correct = 0
     for batch, hits in enumerate(_hits(predict, images, labels, size=size, threads=threads)):

@@ -29,6 +29,7 @@ from experiments.models import resnet_cifar
 from jaxcompress.quantize import Spec
 
 SETTINGS = ((8, 8), (4, 8), (3, 8), (4, 4))
+METHODS = ("rtn", "mse", "gptq", "gptq_bias", "adaround")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Args(Options):
     """Draws of calibration images."""
     calibration_images: int = 512
     """Training images that calibrate."""
-    methods: tuple[str, ...] = ("rtn", "mse", "gptq", "gptq_bias", "adaround")
+    methods: tuple[str, ...] = METHODS
     """Which methods."""
 
 
@@ -87,9 +88,7 @@ class Case:
             return jc.quantize.round_to_nearest(*args, spec)
         if method == "gptq":
             return jc.quantize.gptq(*args, spec, sweeps=2)
-        if method == "adaround":
-            return jc.quantize.adaround(*args, spec)
-        raise ValueError(f"unknown method {method!r} in --methods; known: rtn, mse, gptq, ...")
+        return jc.quantize.adaround(*args, spec)
 
     def view(self, method: str, bits: int, grids: Any) -> Any:
         """The quantized weights."""
@@ -136,9 +135,9 @@ def network(args: Args, report: Report, depth: int) -> dict[str, list[float]]:
 
 def main(args: Args, report: Report) -> dict[str, Any]:
     """All networks, settings and methods."""
-    unknown = set(args.methods) - {"rtn", "mse", "gptq", "gptq_bias", "adaround"}
+    unknown = set(args.methods) - set(METHODS)
     if unknown:
-        raise ValueError(f"unknown --methods {sorted(unknown)}")
+        raise ValueError(f"unknown --methods {sorted(unknown)}; known: {', '.join(METHODS)}")
     figures: dict[str, Any] = {}
     results = {depth: network(args, report, depth) for depth in args.depths}
     for depth, found in results.items():

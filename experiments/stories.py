@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.evaluate import as_partial, by_length
 from experiments.models import llama, weights
 from experiments.models.stories260k import BOS, CONTEXT
 
@@ -68,8 +69,7 @@ def mean_loss(
     """
     if not stories or min(map(len, stories)) < 2:
         raise ValueError("stories must be sequences of at least two tokens, and at least one")
-    is_partial = isinstance(predict_fn, jax.tree_util.Partial)
-    predict = predict_fn if is_partial else jax.tree_util.Partial(predict_fn)
+    predict = as_partial(predict_fn)
     total, count, done = 0.0, 0, 0
     for tokens, targets, size in _batches(stories, batch_size):
         total += float(_loss_sum(predict, tokens, targets))
@@ -86,17 +86,14 @@ def _batches(
     stories: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Yields tokens and targets, int32 [batch_size, a length of LENGTHS]; target -1 is padding."""
-    cut = sorted((story[: CONTEXT + 1] for story in stories), key=len)
-    for first, length in zip((0, *LENGTHS), LENGTHS, strict=False):
-        group = [story for story in cut if first < len(story) - 1 <= length]
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            tokens = np.zeros((batch_size, length), np.int32)
-            targets = np.full((batch_size, length), -1, np.int32)
-            for row, story in enumerate(batch):
-                tokens[row, : len(story) - 1] = story[:-1]
-                targets[row, : len(story) - 1] = story[1:]
-            yield tokens, targets, len(batch)
+    cut = [story[: CONTEXT + 1] for story in stories]
+    for chosen, length in by_length([len(story) - 1 for story in cut], LENGTHS, size=batch_size):
+        tokens = np.zeros((batch_size, length), np.int32)
+        targets = np.full((batch_size, length), -1, np.int32)
+        for row, story in enumerate(cut[number] for number in chosen):
+            tokens[row, : len(story) - 1] = story[:-1]
+            targets[row, : len(story) - 1] = story[1:]
+        yield tokens, targets, len(chosen)
 
 
 @jax.jit

@@ -5,13 +5,14 @@ https://arxiv.org/abs/1708.00055: pairs of sentences with scores from 0 to 5 by 
 `sts-train.csv` and `sts-dev.csv` under `data.data_dir()`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments.data import DATA_VARIABLE, data_dir
+from experiments.evaluate import as_partial, by_length
 from experiments.models.wordpiece import WordPiece, pad
 
 FILES = {"train": "sts-train.csv", "dev": "sts-dev.csv"}
@@ -92,12 +93,11 @@ def embed(
     """
     if not sentences:
         raise ValueError("sentences must not be empty")
-    is_partial = isinstance(embed_fn, jax.tree_util.Partial)
-    run = embed_fn if is_partial else jax.tree_util.Partial(embed_fn)
+    run = as_partial(embed_fn)
     unique = sorted(set(sentences))
     ids = [tokenizer.encode(sentence, max_length=LENGTHS[-1]) for sentence in unique]
     found, done = {}, 0
-    for rows, length in _batches([len(sentence) for sentence in ids], batch_size):
+    for rows, length in by_length([len(sentence) for sentence in ids], LENGTHS, size=batch_size):
         filled = [ids[row] for row in rows] + [[]] * (batch_size - len(rows))
         vectors = np.asarray(_run(run, *pad(filled, length)))
         if vectors.ndim != 2 or len(vectors) != batch_size:
@@ -114,15 +114,6 @@ def embed(
 @jax.jit
 def _run(embed_fn: EmbedFn, ids: jax.Array, mask: jax.Array) -> jax.Array:
     return embed_fn(ids, mask)
-
-
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Yields the numbers of at most `batch_size` sentences and the length they are padded to."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for shortest, length in zip((0, *LENGTHS), LENGTHS, strict=False):
-        group = [row for row in order if shortest < lengths[row] <= length]
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size], length
 
 
 def sts_spearman(
@@ -165,15 +156,12 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """
     if x.shape != y.shape or x.ndim != 1 or len(x) < 2:
         raise ValueError(f"x and y must be [N] with N > 1, got {x.shape} and {y.shape}")
-    ranks = np.stack([_ranks(x), _ranks(y)])
+    from scipy.stats import rankdata  # here, since it takes long to import
+
+    ranks = np.stack([rankdata(x), rankdata(y)])
     if np.any(np.ptp(ranks, axis=1) == 0):
         raise ValueError("x and y must not be constant: they have no ranks to correlate")
     return float(np.corrcoef(ranks)[0, 1])
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def calibration_batches(

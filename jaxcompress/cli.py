@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jaxcompress import cost, formats
 from jaxcompress.core.paths import near_misses
@@ -152,17 +153,13 @@ def _axes(text: str) -> tuple[int, ...] | None:
         ) from None
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """Progress on standard error: a bar on a terminal, if rich is there, else lines."""
+def byte_bar(*, transient: bool = False) -> Any:
+    """A `rich.progress.Progress` of bytes on standard error; None where rich is not installed."""
     try:
         from rich import progress
         from rich.console import Console
     except ImportError:
-        progress = None
-    if progress is None or not sys.stderr.isatty():
-        yield _lines()
-        return
+        return None
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -170,7 +167,17 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    return progress.Progress(*columns, console=Console(stderr=True), transient=transient)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """Progress on standard error: a bar on a terminal, if rich is there, else lines."""
+    found = byte_bar(transient=True)
+    if found is None or not sys.stderr.isatty():
+        yield _lines()
+        return
+    with found as bar:
         task = bar.add_task("quantizing", total=None)
 
         def show(at: Progress) -> None:

@@ -8,8 +8,6 @@ to that file; only this needs PyTorch.
 
 import importlib.util
 import re
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from experiments import download
 from experiments.data import DATA_VARIABLE, data_dir
+from experiments.models.weights import load_npz
 from jaxcompress.core.files import replacing
 
 _REPOSITORY = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
@@ -32,9 +31,6 @@ CHECKPOINTS = {
     depth: download.Remote(f"{_REPOSITORY}resnet{depth}-{digest[:8]}.th", "sha256", digest)
     for depth, digest in _SHA256.items()
 }
-
-# What numpy.load raises for bytes that are not a whole .npz; TypeError for a lone .npy.
-_READ_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def weights_file(depth: int) -> Path:
@@ -78,11 +74,7 @@ def read_variables(path: Path) -> dict[tuple[str, ...], np.ndarray]:
     Raises:
       ValueError: the file is truncated or corrupt, or holds a value that is not finite.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except _READ_ERRORS as error:
-        raise ValueError(f"{path} is truncated or corrupt, not an .npz file ({error})") from error
+    arrays = load_npz(path)
     for name, array in arrays.items():
         if not np.all(np.isfinite(array)):
             raise ValueError(f"{path} is corrupt: {name} holds values that are not finite")

@@ -40,9 +40,18 @@ def read_npz(name: str, *, content: str) -> tuple[Path, dict[str, np.ndarray]]:
             f"{path} does not exist and cannot be downloaded: set {DATA_VARIABLE} to a folder "
             f"that holds {name} ({content})"
         )
+    return path, load_npz(path)
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file.
+
+    Raises:
+      ValueError: it is truncated or corrupt.
+    """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return path, {key: stored[key] for key in stored.files}
+            return {key: stored[key] for key in stored.files}
     except _READ_ERRORS as error:
         raise ValueError(f"{path} is truncated or corrupt, not an .npz file ({error})") from error
 

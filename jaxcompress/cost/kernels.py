@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from jaxcompress.cost import operations
 from jaxcompress.graph import compat
-from jaxcompress.graph.inline import END, LOOP, Inlined, Op
+from jaxcompress.graph.inline import END, LOOP, Inlined, Op, carried
 
 FUSIONS = ("none", "loops", "activation", "elementwise", "layer")
 """How much a runtime joins to one kernel.
@@ -212,21 +211,3 @@ def _in_place(program: Inlined, kernel: Kernel, same: dict[int, int]) -> Iterato
 
 def _one_for_one(op: Op) -> bool:
     return operations.is_view(op) or (is_light(op) and op.primitive not in operations.MOVES)
-
-
-def carried(loop: Op) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-    """The carry and the rows of a loop: as they enter it, and as its body sees them."""
-    stacked = _stacked(loop.eqn)
-    inside = loop.outputs[: len(loop.outputs) - stacked]
-    return loop.operands[len(loop.operands) - len(inside) :], inside
-
-
-def _stacked(eqn: Any) -> int:
-    if eqn.primitive.name != "scan":
-        return 0
-    return len(eqn.outvars) - compat.scan_sizes(eqn.params)[1]
-
-
-def rows(loop: Op) -> tuple[int, ...]:
-    """The rows of a scan inside its body: parts of arrays, no arrays of their own."""
-    return carried(loop)[1][len(loop.eqn.outvars) - _stacked(loop.eqn) :]

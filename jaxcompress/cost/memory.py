@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jaxcompress.cost.kernels import Kernel, rows
-from jaxcompress.graph.inline import LOOP, Inlined
+from jaxcompress.cost.kernels import Kernel
+from jaxcompress.graph.inline import LOOP, Inlined, rows
 
 
 class Arena(NamedTuple):
@@ -26,7 +26,7 @@ def arena(
     of different sizes, it needs more.
     """
     last = _last_uses(program, kernels)
-    parts = {n for k in kernels if k.ops[0].primitive == LOOP for n in rows(k.ops[0])}
+    parts = {n for k in kernels if k.ops[0].primitive == LOOP for n in rows(k.ops[0])[1]}
     sizes = {n: 0 if n in parts else value_bytes(n) for n in last}
     live = {n for n in program.inputs if n in last}
     now, taken = sum(sizes[n] for n in live), []

@@ -12,14 +12,12 @@ from jax import Array
 
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph import compat
-from jaxcompress.graph.affine import FIXED, Classes, Labels, Step, apply, dot_roles, inner_values
-from jaxcompress.graph.inline import END, LOOP, Op, inline
+from jaxcompress.graph.affine import FIXED, Classes, Labels, Step, apply, dot_roles
+from jaxcompress.graph.inline import END, LOOP, Op, carried, inline
 from jaxcompress.graph.matrices import Layer
 from jaxcompress.graph.sites import Tap
 from jaxcompress.graph.trace import Program, trace_program
 from jaxcompress.graph.views import views
-
-_CALLS = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
 
 
 class Elements(NamedTuple):
@@ -242,6 +240,12 @@ def channels_of(absorption: Absorption, layer: Layer) -> np.ndarray:
     raise ValueError(f"{layer.path!r} is no consumer of {absorption.name!r}")
 
 
+def slots(absorption: Absorption, layer: Layer) -> np.ndarray:
+    """As `channels_of`, flat, for scatters with mode "drop": out of bounds stands for none."""
+    at = channels_of(absorption, layer).reshape(-1)
+    return np.where(at < 0, absorption.channels, at)
+
+
 def spread(elements: Elements, values: Array, default: float) -> Array:
     """Values [channels] at the elements, broadcastable against the leaf; `default` elsewhere."""
     channel = elements.channel
@@ -272,7 +276,7 @@ class Flat:
         inside = (*op.region, op.place)
         if op.primitive == LOOP:
             self.trips[inside] = self.trips[op.region] * op.eqn.params.get("length", 1)
-        inner = len(inner_values(op)) if op.primitive == LOOP else 0
+        inner = len(carried(op)[1]) if op.primitive == LOOP else 0
         for k, number in enumerate(op.outputs):
             self.definition[number] = at
             self.region[number] = inside if k < inner else op.region
@@ -294,20 +298,7 @@ class Flat:
 
     def literal(self, op: Op, port: int) -> np.ndarray | None:
         """The value of an operand that is a number in the program; None if it is not known."""
-        jaxpr, callers = self.program.closed.jaxpr, []
-        for number, body in zip(op.place[::2], op.place[1::2], strict=False):
-            callers.append((jaxpr, jaxpr.eqns[number]))
-            jaxpr = _body(jaxpr.eqns[number], body)
-        variable = op.eqn.invars[port]
-        while not compat.is_literal(variable):  # handed to a call
-            if not callers or variable not in jaxpr.invars:
-                return None
-            outer, eqn = callers.pop()
-            at = jaxpr.invars.index(variable) - len(jaxpr.invars)
-            if -at > len(eqn.invars) or eqn.primitive.name not in _CALLS:
-                return None
-            variable, jaxpr = eqn.invars[at], outer
-        return np.asarray(variable.val)
+        return np.asarray(op.constants[port]) if port in op.constants else None
 
     def evaluate(self, number: int, leaves: Sequence[Any]) -> Array:
         """A value that is made of parameters and constants, from the leaves of the parameters.
@@ -350,15 +341,6 @@ class Flat:
     def is_made_of_params(self, number: int | None) -> bool:
         """Whether a value is made of parameters."""
         return number is not None and bool(self.values[number].origin.params)
-
-
-def _body(eqn: Any, number: int) -> Any:
-    # The jaxpr that a place numbers.
-    if eqn.primitive.name in _CALLS:
-        return compat.call_body(eqn).jaxpr
-    if eqn.primitive.name == "while":
-        return compat.body(eqn.params[("cond_jaxpr", "body_jaxpr")[number]]).jaxpr
-    return list(compat.bodies(eqn.params))[number].jaxpr
 
 
 def _live(ops: Sequence[Op], outputs: frozenset[int]) -> tuple[Op, ...]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcompress.graph import compat
-from jaxcompress.graph.inline import END, LOOP, Op
+from jaxcompress.graph.inline import END, LOOP, carried, rows
 
 FIXED = 0
 """The label of what must not be scaled; -1 is the label of what no rule has reached."""
@@ -597,22 +597,19 @@ def _conv(step: Step) -> None:
 def _loop(step: Step) -> None:
     # Rows of a scan are labelled trip by trip; what a loop carries or collects is left alone.
     op, trial = step.op, step.trial
-    inner = inner_values(op)
-    rows, carried = 0, len(inner)
-    if op.eqn.primitive.name == "scan":
-        _, carried = compat.scan_sizes(op.eqn.params)
-        rows = len(inner) - carried
-    first = len(op.operands) - rows
-    for port in range(first - carried, first):
+    _, by_row = rows(op)
+    _, inner = carried(op)
+    first = len(op.operands) - len(by_row)
+    for port in range(len(op.operands) - len(inner), first):
         step.fix(port, "a loop carries it")
-    for k, number in enumerate(op.outputs):
-        if not carried <= k < len(inner):
+    for number in op.outputs:
+        if number not in by_row:
             for sign in (1, -1):
                 if (labels := trial.see(number, sign)) is not None:
                     step.classes.fix(labels, "a loop carries or collects it")
     outer_trips = trial.flat.trips[op.region]
     trips = trial.flat.trips[(*op.region, op.place)]
-    for port, number in zip(range(first, len(op.operands)), inner[carried:], strict=True):
+    for port, number in zip(range(first, len(op.operands)), by_row, strict=True):
         for sign in (1, -1):
             if (labels := step.see(port, sign)) is not None:
                 shape = labels.shape[2:]
@@ -640,15 +637,6 @@ def _end(step: Step) -> None:
         for sign in (1, -1):
             if (labels := step.trial.see(number, sign)) is not None:
                 step.classes.fix(labels, "a loop carries it")
-
-
-def inner_values(op: Op) -> tuple[int, ...]:
-    """The carry and the rows inside a loop, of its `LOOP` mark."""
-    if op.eqn.primitive.name != "scan":
-        return op.outputs
-    _, carry = compat.scan_sizes(op.eqn.params)
-    stacked = len(op.eqn.outvars) - carry
-    return op.outputs[: len(op.outputs) - stacked]
 
 
 _RULES: dict[str, Rule] = {

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxcompress.graph.inline import Op, inline
 from jaxcompress.graph.matrices import Layer, columns
-from jaxcompress.graph.trace import trace_program
+from jaxcompress.graph.trace import Program, trace_program
 from jaxcompress.graph.views import parts_of
 
 
@@ -39,7 +39,11 @@ def biases(
     >>> found["w"].path, found["w"].index.tolist()
     ('b', [[[0, 1]]])
     """
-    program = trace_program(fn, params, *inputs)
+    return biases_of(trace_program(fn, params, *inputs), layers=layers)
+
+
+def biases_of(program: Program, *, layers: Iterable[Layer]) -> dict[str, Bias]:
+    """As `biases`, of a traced program."""
     flat = inline(program, weigh=len)
     parts = parts_of(program, flat, broadcast=True)
     wanted = {layer.site.name: layer for layer in layers}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxcompress.graph.matrices import Layer, abstract, rows
+from jaxcompress.graph.matrices import Layer, rows
 from jaxcompress.graph.sites import Tap
 from jaxcompress.graph.walk import walk
 
@@ -45,21 +45,27 @@ class Moments(NamedTuple):
 
 
 def check_batches(batches: Iterable[tuple[Any, ...]]) -> Batches:
-    """The batches as a list: at least one, each a tuple of inputs.
+    """The batches as a list; see `each_batch`."""
+    return list(each_batch("data", batches))
+
+
+def each_batch(what: str, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """The batches one by one: at least one, each a tuple of inputs; `what` is their name.
 
     Raises:
       ValueError: there is none.
       TypeError: one is no tuple.
     """
-    found = list(batches)
-    for inputs in found:
+    empty = True
+    for inputs in batches:
         if not isinstance(inputs, tuple | list):
             raise TypeError(
-                f"data must hold tuples of inputs, (x,) for one, got {type(inputs).__name__}"
+                f"{what} must hold tuples of inputs, (x,) for one, got {type(inputs).__name__}"
             )
-    if not found:
-        raise ValueError("data is empty: calibration needs at least one batch of inputs")
-    return [tuple(inputs) for inputs in found]
+        yield tuple(inputs)
+        empty = False
+    if empty:
+        raise ValueError(f"{what} is empty: calibration needs at least one batch of inputs")
 
 
 def capture(
@@ -88,7 +94,6 @@ def capture(
     """
     batches = check_batches(batches)
     grids = {} if grids is None else dict(grids)
-    names = tuple(layer.tap.name for layer in layers)
     fresh = {layer.tap.name: _empty(layer, gram) for layer in layers}
     states: dict[str, Any] = {
         name: (fresh.get(name, ()), grids.get(name, ())) for name in {**grids, **fresh}
@@ -96,7 +101,8 @@ def capture(
     for inputs in batches:
         states = _observe(states, params, inputs, fn=fn)
     found = {}
-    for layer, name in zip(layers, names, strict=True):
+    for layer in layers:
+        name = layer.tap.name
         moments = _of_trips(states[name][0], layer)
         if not bool(jnp.all(jnp.isfinite(moments.total))):
             raise ValueError(f"data: what enters {name!r} holds NaN or Inf")
@@ -124,8 +130,7 @@ def stream(
 
 
 def _empty(layer: Layer, gram: bool) -> Moments:
-    x, _ = abstract(layer)
-    groups, _, k = x.shape
+    _, groups, k, _ = layer.index.shape
     lead = layer.site.loops
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     square = (*lead, groups, k, k) if gram else (*lead, groups, 0, 0)

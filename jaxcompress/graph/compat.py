@@ -99,7 +99,7 @@ def linear_solve(eqn: Any) -> tuple[int, Body, slice]:
     The number counts the jaxprs that `bodies` gives; the right-hand sides are the other arguments.
     """
     lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
-    before = [name for name in jaxprs._fields[: jaxprs._fields.index("solve")]]
+    before = jaxprs._fields[: jaxprs._fields.index("solve")]
     number = sum(getattr(jaxprs, name) is not None for name in before)
     start = sum(getattr(lengths, name) for name in before)
     return number, body(jaxprs.solve), slice(start, start + lengths.solve)

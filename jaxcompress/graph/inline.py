@@ -16,6 +16,7 @@ stacked results; `END` takes constants and rows and what the body gives, and giv
 """
 
 Trips = int | Mapping[str, int] | None
+Operand = Any  # the number of a value, or a literal
 
 
 class Value(NamedTuple):
@@ -31,12 +32,13 @@ class Op(NamedTuple):
     Attributes:
       primitive: name of the primitive, `LOOP` or `END`.
       eqn: its equation.
-      operands: numbers of its values, None for literals.
+      operands: numbers of its values, None for numbers in the program itself (literals).
       outputs: numbers of its results.
       times: how often it runs: trips of the loops around it, multiplied.
       scope: name stack, joined over callers.
       place: where it is in the jaxpr, as in `trace.Program`.
       region: places of the loops around it.
+      constants: the literals by position, those handed to calls around it too.
     """
 
     primitive: str
@@ -47,6 +49,7 @@ class Op(NamedTuple):
     scope: str
     place: Place
     region: tuple[Place, ...]
+    constants: Mapping[int, Any]
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -96,10 +99,30 @@ def inline(program: Program, *, weigh: Callable[[list[Op]], Any], trips: Trips =
         tuple(inliner.ops),
         inliner.values,
         tuple(arguments[len(program.graph.params) :]),
-        tuple(n for n in results if n is not None),
+        tuple(n for n in results if isinstance(n, int)),
         tuple(inliner.assumed),
         tuple(inliner.choices),
     )
+
+
+def carried(loop: Op) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """The carry and the rows of a `LOOP` mark: as they enter it, and as its body sees them."""
+    inside = loop.outputs[: len(loop.outputs) - _stacked(loop.eqn)]
+    return loop.operands[len(loop.operands) - len(inside) :], inside
+
+
+def rows(loop: Op) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """Of these, what a scan takes row by row."""
+    entering, inside = carried(loop)
+    carry = len(loop.eqn.outvars) - _stacked(loop.eqn)
+    return entering[carry:], inside[carry:]
+
+
+def _stacked(eqn: Any) -> int:
+    # How many results are collected trip by trip.
+    if eqn.primitive.name != "scan":
+        return 0
+    return len(eqn.outvars) - compat.scan_sizes(eqn.params)[1]
 
 
 class _Inliner:
@@ -130,16 +153,16 @@ class _Inliner:
                 raise ValueError(f"trips: must be integers from 1, got {n!r}")
 
     def run(
-        self, jaxpr: Any, arguments: Sequence[int | None], where: Where, times: int, *, region
-    ) -> list[int | None]:
+        self, jaxpr: Any, arguments: Sequence[Operand], where: Where, times: int, *, region
+    ) -> list[Operand]:
         """Collects the operations of a jaxpr; the numbers of its results."""
-        known: dict[Any, int | None] = {}
+        known: dict[Any, Operand] = {}
         for v in jaxpr.constvars:
             known[v] = self.value(v.aval, Origin())
         known.update(zip(jaxpr.invars, arguments, strict=True))
 
         def read(v):
-            return None if compat.is_literal(v) else known[v]
+            return v if compat.is_literal(v) else known[v]
 
         for number, eqn in enumerate(jaxpr.eqns):
             call = _Call(
@@ -148,7 +171,7 @@ class _Inliner:
             known.update(zip(eqn.outvars, self._equation(call), strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def _equation(self, call: "_Call") -> Sequence[int | None]:
+    def _equation(self, call: "_Call") -> Sequence[Operand]:
         name = call.eqn.primitive.name
         if name in compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM:
             inner = compat.call_body(call.eqn).jaxpr
@@ -180,12 +203,13 @@ class _Inliner:
             Op(
                 name,
                 call.eqn,
-                tuple(operands),
+                tuple(None if compat.is_literal(n) else n for n in operands),
                 tuple(outputs),
                 call.times,
                 where.scope,
                 where.place,
                 call.region,
+                {port: n.val for port, n in enumerate(operands) if compat.is_literal(n)},
             )
         )
         return outputs
@@ -198,7 +222,7 @@ class _Inliner:
         results = call.results(self.found.results[call.where.place])
         inner = zip([v.aval for v in main.invars[len(consts) :]], entering, strict=True)
         marks = self._emit(call, LOOP, call.operands, [*inner, *results[n_carry:]])
-        given: Sequence[int | None] = ()
+        given: Sequence[Operand] = ()
         for number, jaxpr, constants in bodies:
             given = self.run(
                 jaxpr,
@@ -230,7 +254,7 @@ class _Inliner:
         n_carry = len(call.eqn.outvars)
         return self._loop(call, bodies=[test, step], n_carry=n_carry, length=trips or 1)
 
-    def _cond(self, call: "_Call") -> Sequence[int | None]:
+    def _cond(self, call: "_Call") -> Sequence[Operand]:
         before, best = self.ops, None
         for number, branch in enumerate(call.eqn.params["branches"]):
             self.ops = []
@@ -254,7 +278,7 @@ class _Call(NamedTuple):
     """An equation with the values it is given, and where it is."""
 
     eqn: Any
-    operands: list[int | None]
+    operands: list[Operand]
     where: Where
     times: int
     region: tuple[Place, ...]

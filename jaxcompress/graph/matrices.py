@@ -2,10 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -144,23 +143,53 @@ def rows(tap: Tap, x: Array) -> Array:
 
 
 def _patches(x: Array, site: Site) -> Array:
-    # [B, *space, taps, C]: a strided slice of the padded input for every tap.
+    # [B, *space, taps, C]
     config, numbers = site.config, site.config["dimension_numbers"]
     batch, channel, *space = numbers.lhs_spec
-    x = jnp.transpose(x, (batch, *space, channel))
-    dilations = zip(config["padding"], config["lhs_dilation"], strict=True)
-    inner = [(low, high, dilation - 1) for (low, high), dilation in dilations]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
-    kernel = [site.operands[1].shape[axis] for axis in numbers.rhs_spec[2:]]
-    outs = [site.out.shape[axis] for axis in numbers.out_spec[2:]]
-    strides, apart = config["window_strides"], config["rhs_dilation"]
-    taken = []
+    found = taps(
+        jnp.transpose(x, (batch, *space, channel)),
+        jnp.zeros((), x.dtype),
+        kernel=[site.operands[1].shape[axis] for axis in numbers.rhs_spec[2:]],
+        strides=config["window_strides"],
+        padding=config["padding"],
+        lhs_dilation=config["lhs_dilation"],
+        rhs_dilation=config["rhs_dilation"],
+    )
+    return jnp.stack([window for _, window in found], axis=-2)
+
+
+def taps(
+    x: Array,
+    fill: Array,
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+) -> Iterator[tuple[tuple[int, ...], Array]]:
+    """What every position of a convolution's kernel meets: (position, [B, *space out, C]).
+
+    Args:
+      x: input [B, *space, C].
+      fill: scalar that pads it, and stands between dilated inputs.
+      kernel: sizes of the kernel.
+      strides, padding, lhs_dilation, rhs_dilation: as of `lax.conv_general_dilated`.
+    """
+    holes = zip(padding, lhs_dilation, strict=True)
+    edges = [(low, high, dilation - 1) for (low, high), dilation in holes]
+    x = lax.pad(x, fill, [(0, 0, 0), *edges, (0, 0, 0)])
+    sizes = [
+        max(0, (n - (k - 1) * d - 1) // s + 1)
+        for n, k, d, s in zip(x.shape[1:-1], kernel, rhs_dilation, strides, strict=True)
+    ]
     for tap in itertools.product(*map(range, kernel)):
-        begin = [t * d for t, d in zip(tap, apart, strict=True)]
-        end = [b + (n - 1) * s + 1 for b, n, s in zip(begin, outs, strides, strict=True)]
-        lower, upper = (0, *begin, 0), (len(x), *end, x.shape[-1])
-        taken.append(lax.slice(x, lower, upper, (1, *strides, 1)))
-    return jnp.stack(taken, axis=-2)
+        starts = [t * d for t, d in zip(tap, rhs_dilation, strict=True)]
+        window = tuple(
+            slice(start, start + (n - 1) * s + 1, s) if n else slice(0, 0)
+            for start, n, s in zip(starts, sizes, strides, strict=True)
+        )
+        yield tap, x[(slice(None), *window)]
 
 
 def columns(tap: Tap, y: Any) -> Any:
@@ -185,10 +214,3 @@ def columns(tap: Tap, y: Any) -> Any:
     groups = site.config["feature_group_count"]
     y = y.transpose(channel, batch, *space)
     return y.reshape(groups, len(y) // groups, -1).swapaxes(1, 2)
-
-
-def abstract(layer: Layer) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Shapes of the rows [G, R, K] of one call and of the weights [S, G, K, N]."""
-    x = jax.eval_shape(lambda x: rows(layer.tap, x), layer.tap.aval)
-    weight = layer.site.operands[layer.site.weight or 0]
-    return x, jax.ShapeDtypeStruct(layer.index.shape, weight.dtype)

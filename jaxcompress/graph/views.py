@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcompress.graph import compat
 from jaxcompress.graph.follow import Place
-from jaxcompress.graph.inline import LOOP, Inlined, Op, inline
+from jaxcompress.graph.inline import LOOP, Inlined, Op, inline, rows
 from jaxcompress.graph.trace import Program
 
 
@@ -78,12 +77,8 @@ def parts_of(program: Program, flat: Inlined, *, broadcast: bool = False) -> dic
 
 def _rows(op: Op, parts: dict[int, Part]) -> dict[int, Part]:
     # What a scan takes row by row has the trips in front inside its body.
-    if op.eqn.primitive.name != "scan":
-        return {}
-    consts, carry = compat.scan_sizes(op.eqn.params)
     depth, found = len(op.region), {}
-    stacked = op.operands[consts + carry :]
-    for outer, inner in zip(stacked, op.outputs[carry : carry + len(stacked)], strict=True):
+    for outer, inner in zip(*rows(op), strict=True):
         if outer in parts:
             part = parts[outer].inside(depth)
             found[inner] = part._replace(depth=depth + 1)

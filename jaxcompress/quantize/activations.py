@@ -11,6 +11,7 @@ from jaxcompress.core.packed import Grid
 from jaxcompress.core.paths import near_misses
 from jaxcompress.formats import Format, Granularity, check_format
 from jaxcompress.graph import Tap, trace, walk
+from jaxcompress.graph.capture import each_batch
 from jaxcompress.quantize.calibrate import Calibrator, min_max, refuse_non_finite
 
 _TENSOR = Granularity()
@@ -129,13 +130,8 @@ def calibrate_activations(
       ValueError: no batch; NaN or Inf in an activation, with the contraction's name.
     """
     stats = None
-    for inputs in batches:
-        if not isinstance(inputs, tuple | list):
-            raise TypeError(
-                f"batches must hold tuples of inputs, (x,) for one, got {type(inputs).__name__}"
-            )
+    for inputs in each_batch("batches", batches):
         stats = quantizer.init(params, *inputs) if stats is None else stats
         stats = quantizer.observe(stats, params, *inputs)
-    if stats is None:
-        raise ValueError("batches is empty: calibration needs at least one batch of inputs")
+    assert stats is not None
     return quantizer.grids(stats)

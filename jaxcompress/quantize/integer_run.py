@@ -1,7 +1,6 @@
 """Steps in integers: int8 products into int32, int32 arithmetic, codes of 8 bits in between."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxcompress.graph.matrices import taps
 from jaxcompress.quantize.integer_constants import ADD_HEADROOM, MOVES, Node
 from jaxcompress.quantize.requantize import requantize
 
@@ -121,24 +121,15 @@ def _conv(node: Node, c: Numbers, codes: Array) -> Array:
     # of integers, but has their dot. Padding holds the zero point: the number 0.
     x, zero = _int8(codes, c["zeros"][0])
     batch, channel, *space = node.get("lhs_spec")
-    x = jnp.transpose(x, (batch, *space, channel))
-    holes = (n - 1 for n in node.get("lhs_dilation"))
-    edges = [(*pad, hole) for pad, hole in zip(node.get("padding"), holes, strict=True)]
-    x = lax.pad(x, zero, [(0, 0, 0), *edges, (0, 0, 0)])
     weight, acc = c["weight"], None
-    strides, dilation = node.get("strides"), node.get("rhs_dilation")
-    kernel = weight.shape[:-2]
-    sizes = [
-        max(0, (n - (k - 1) * d - 1) // s + 1)
-        for n, k, d, s in zip(x.shape[1:-1], kernel, dilation, strides, strict=True)
-    ]
-    for tap in itertools.product(*map(range, kernel)):
-        starts = [t * d for t, d in zip(tap, dilation, strict=True)]
-        window = tuple(
-            slice(start, start + (n - 1) * s + 1, s) if n else slice(0, 0)
-            for start, n, s in zip(starts, sizes, strides, strict=True)
-        )
-        product = _product(x[(slice(None), *window)], weight[tap], node.get("groups"))
+    found = taps(
+        jnp.transpose(x, (batch, *space, channel)),
+        zero,
+        kernel=weight.shape[:-2],
+        **{k: node.get(k) for k in ("strides", "padding", "lhs_dilation", "rhs_dilation")},
+    )
+    for tap, window in found:
+        product = _product(window, weight[tap], node.get("groups"))
         acc = product if acc is None else acc + product
     assert acc is not None
     out_batch, out_channel, *out_space = node.get("out_spec")

@@ -18,7 +18,7 @@ from jaxcompress.graph.capture import Moments
 from jaxcompress.graph.matrices import Layer
 from jaxcompress.quantize.ptq.driver import Found, Inputs, Progress, drive, matrices
 from jaxcompress.quantize.ptq.gptq import Problem
-from jaxcompress.quantize.ptq.spec import Rules, Spec
+from jaxcompress.quantize.ptq.spec import Rules, Spec, check_rules
 from jaxcompress.quantize.ptq.sweep import loss_of
 
 _ZETA, _GAMMA = 1.1, -0.1  # the rectified sigmoid is stretched to (gamma, zeta), section 3.2
@@ -61,11 +61,12 @@ def adaround(
       TypeError: a format of `spec` that is no `formats.integer`.
       ValueError: as `gptq`.
     """
-    for rule, entry in spec.items() if isinstance(spec, Mapping) else ():
-        if not isinstance(getattr(entry, "format", None), Integer):
+    check_rules(spec)
+    for rule, entry in spec.items():
+        if not isinstance(entry.format, Integer):
             raise TypeError(
                 f"spec: {rule!r}: AdaRound needs uniform steps, formats.integer(bits), "
-                f"got {getattr(getattr(entry, 'format', entry), 'name', entry)!r}"
+                f"got {entry.format.name!r}"
             )
     settings = {"rate": learning_rate, "weight": regularization, "warmup": warmup}
     settings = {**settings, "start": beta[0], "end": beta[1]}

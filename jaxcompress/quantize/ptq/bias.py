@@ -59,8 +59,9 @@ def correct_bias(
     if left := [layer.path for layer in planned.layers if layer.tap.name not in found]:
         warnings.warn(f"no bias to correct: {', '.join(left)}", stacklevel=2)
     float_means = capture(apply_fn, params, batches, layers=chosen, gram=False)
+    view = recipe.apply(current, state)
     for layer in chosen:
-        name, view = layer.tap.name, recipe.apply(current, state)
+        name = layer.tap.name
         before = float_means[name]
         after = before
         if inputs == "quantized":
@@ -70,7 +71,7 @@ def correct_bias(
         shift = _mean_output(matrices(layer, leaf(view, layer.path)), after) - wanted
         bias = found[name]
         moved = _moved(leaf(current, bias.path), bias, shift)
-        current = replaced(current, {bias.path: moved})
+        current, view = (replaced(tree, {bias.path: moved}) for tree in (current, view))
     return current, state
 
 

@@ -25,8 +25,9 @@ from jaxcompress.graph.absorb import (
     channels_of,
     ranges,
     rescale,
+    slots,
 )
-from jaxcompress.graph.biases import Bias, biases
+from jaxcompress.graph.biases import Bias, biases_of
 from jaxcompress.graph.capture import Batches, Moments, capture
 from jaxcompress.graph.inline import Op
 from jaxcompress.graph.matrices import Layer, layers_of
@@ -192,9 +193,7 @@ def _least(group: Absorption, layer: Layer, moments: Moments) -> Array:
     square = jnp.diagonal(moments.hessian, axis1=-2, axis2=-1)
     std = jnp.sqrt(jnp.maximum(square - moments.mean**2, 0.0))
     c = jnp.maximum(moments.mean - 3 * std, 0.0).reshape(-1)
-    at = channels_of(group, layer).reshape(-1)
-    at = np.where(at < 0, group.channels, at)
-    least = jnp.full(group.channels, jnp.inf).at[at].min(c, mode="drop")
+    least = jnp.full(group.channels, jnp.inf).at[slots(group, layer)].min(c, mode="drop")
     return jnp.where(jnp.isfinite(least), least, 0.0)
 
 
@@ -207,7 +206,7 @@ def shiftable(
     """The groups whose bias in front can move through a ReLU into the biases behind it."""
     program = trace_program(apply_fn, params, *inputs)
     flat, known = Flat(program), layers_of(program).layers
-    found = biases(apply_fn, params, *inputs, layers=known)
+    found = biases_of(program, layers=known)
     named = {layer.site.name: layer for layer in known}
     shifts = []
     for group in groups:

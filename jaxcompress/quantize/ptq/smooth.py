@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.packed import fake_quantize
-from jaxcompress.graph.absorb import Absorption, absorbable, channels_of, ranges, rescale
+from jaxcompress.graph.absorb import Absorption, absorbable, channels_of, ranges, rescale, slots
 from jaxcompress.graph.capture import Moments, capture
 from jaxcompress.graph.matrices import Layer
 from jaxcompress.quantize.ptq.spec import Plan, Rules, Spec, leaf, plan
@@ -193,14 +192,12 @@ def _moments(
 
 def _per_channel(group: Absorption, layer: Layer, values: Array) -> Array:
     # The largest of the values [S, G, K] of each channel; 0 where there is none.
-    at = channels_of(group, layer).reshape(-1)
-    at = np.where(at < 0, group.channels, at)
+    at = slots(group, layer)
     return jnp.zeros(group.channels).at[at].max(values.reshape(-1), mode="drop")
 
 
 def _mean_per_channel(group: Absorption, layer: Layer, moments: Moments) -> Array:
-    at = channels_of(group, layer).reshape(-1)
-    at = np.where(at < 0, group.channels, at)
+    at = slots(group, layer)
     zeros = jnp.zeros(group.channels)
     total = zeros.at[at].add(moments.mean_magnitude.reshape(-1), mode="drop")
     return total / jnp.maximum(zeros.at[at].add(1.0, mode="drop"), 1.0)

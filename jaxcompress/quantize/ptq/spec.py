@@ -41,14 +41,17 @@ class Spec:
     @property
     def where(self) -> Granularity:
         """Which elements share a scale."""
-        axis = None if self.block is not None else self.axis
-        return granularity_for(self.format, axis, self.group, self.block)
+        return granularity_for(self.format, self._channels, self.group, self.block)
+
+    @property
+    def _channels(self) -> int | tuple[int, ...] | None:
+        return None if self.block is not None else self.axis
 
     def weights(self) -> Compressor:
         """The quantizer of the leaves it is for."""
         return weights(
             self.format,
-            axis=None if self.block is not None else self.axis,
+            axis=self._channels,
             group=self.group,
             block=self.block,
             calibrate=self.calibrate,
@@ -72,11 +75,12 @@ def recipe(spec: Rules) -> Compressor:
     >>> packed_bytes(four.pack(params, four.init(params)))  # 8 of codes, 2 scales, a bias
     24
     """
-    _check(spec)
+    check_rules(spec)
     return by_path({rule: s.weights() for rule, s in spec.items()}, default=identity())
 
 
-def _check(spec: Any) -> None:
+def check_rules(spec: Any) -> None:
+    """Raises TypeError for what is not a mapping of rules to `Spec`."""
     if not isinstance(spec, Mapping):
         raise TypeError(
             "spec must map regular expressions on paths to Spec, such as "
@@ -130,7 +134,7 @@ def plan(
       ValueError: no data; a rule that matches nothing; no layer that a rule takes.
       TypeError: `spec` or a batch is of another kind.
     """
-    _check(spec)
+    check_rules(spec)
     batches = check_batches(data)
     matched = match_rules(spec, [path for path, _ in leaves_with_paths(params)])
     rules = {path: rule for path, rule in matched.items() if rule is not None}
