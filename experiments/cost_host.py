@@ -2,12 +2,14 @@
 
     python -m experiments.cost_host            (a minute, no download)
 
-Measures the CPU into a device file (`python -m jaxcompress.cost.host`), predicts float32 ResNet-20
-of widths 1, 0.75, 0.5 and 0.25 for one CIFAR image, then times them, interleaved; reports medians.
+Measures the CPU into a device file as `python -m jaxcompress.cost.host` does, predicts float32
+ResNet-20 of widths 1, 0.75, 0.5 and 0.25 for one CIFAR image from it, and compares with medians of
+their times, taken in the same rounds.
 Two widths count as ranked if their measured medians differ by more than 5 %.
 """
 
 import dataclasses
+import functools
 import itertools
 import tempfile
 from pathlib import Path
@@ -19,6 +21,7 @@ from experiments._report import Options, Report, run
 from experiments.models.zoo import DeepResNetCifar
 from jaxcompress.cost.clock import interleaved
 from jaxcompress.cost.host import measure
+from jaxcompress.cost.probes import timings
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
@@ -34,18 +37,18 @@ class Args(Options):
 
 
 def main(args: Args, report: Report) -> dict:
-    """Measures the device, predicts, times."""
+    """Times device and networks, predicts, compares."""
     repeats = 3 if args.short else args.repeats
-    device = measured_device(args, repeats)
     x = jax.random.normal(jax.random.key(args.seed), (1, 32, 32, 3))
-    calls, costs = {}, {}
+    calls, estimates = {}, {}
     for width in WIDTHS:
         model = DeepResNetCifar(20, width=round(16 * width))
         variables = model.init(jax.random.key(args.seed), x, train=False)
         apply_fn = jax.jit(lambda v, x, model=model: model.apply(v, x, train=False))
         calls[f"{width:g}"] = lambda fn=apply_fn, v=variables: fn(v, x)
-        costs[f"{width:g}"] = jc.cost.estimate(apply_fn, variables, x, device=device)
-    measured = interleaved(calls, repeats=repeats)
+        estimates[f"{width:g}"] = functools.partial(jc.cost.estimate, apply_fn, variables, x)
+    device, measured = measured_device(args, calls, repeats)
+    costs = {width: estimate(device=device) for width, estimate in estimates.items()}
     errors = {w: costs[w].latency_s / measured[w] - 1 for w in calls}
     pairs = list(itertools.combinations(calls, 2))
     apart = [(a, b) for a, b in pairs if abs(measured[a] / measured[b] - 1) > 0.05]
@@ -67,14 +70,17 @@ def main(args: Args, report: Report) -> dict:
     }
 
 
-def measured_device(args: Args, repeats: int) -> jc.cost.Device:
-    """The device of --device, else measured now."""
+def measured_device(
+    args: Args, calls: dict, repeats: int
+) -> tuple[jc.cost.Device, dict[str, float]]:
+    """The device of --device, else measured now in the rounds that time the networks."""
     if args.device is not None:
-        return jc.cost.device(args.device)
+        return jc.cost.device(args.device), interleaved(calls, repeats=repeats)
+    found = timings(repeats=repeats, short=args.short, beside=calls)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "host.toml"
-        file.write_text(measure(repeats=repeats, short=args.short))
-        return jc.cost.device(file)
+        file.write_text(measure(found=found))
+        return jc.cost.device(file), found.beside
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from _cost import SHAPE, quantized
 
 from experiments import cost_validation
 from jaxcompress import cost
-from jaxcompress.cost import host
+from jaxcompress.cost import host, probes
 from jaxcompress.cost.calibrate import error_bound
 from jaxcompress.cost.device import OPS
 
@@ -155,12 +155,24 @@ def test_the_host_is_measured_into_a_device_file(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_other_programs_are_timed_in_the_same_rounds():
+    calls = []
+    found = probes.timings(repeats=2, short=True, beside={"mine": lambda: calls.append(1)})
+    assert len(calls) == 3 and set(found.beside) == {"mine"}  # once to compile, then two rounds
+    assert len(found.probes) == len(found.seconds) and min(found.seconds) > 0
+    with pytest.raises(ValueError, match="need repeats >= 1"):
+        probes.timings(repeats=0)
+
+
 def test_the_fit_finds_rates_gathering_and_overhead():
     rng = np.random.default_rng(0)
     macs, patches = rng.uniform(1e5, 1e7, 30), rng.uniform(1e4, 1e6, 30)
     inputs = rng.choice([4, 8, 12, 16], 30)
     padded = -(-inputs // 8) * 8 / inputs
     seconds = macs / 1e9 + patches * padded / np.where(inputs % 8, 2e8, 5e8) + 1e-4
-    fitted = host.fit(*(v.tolist() for v in (macs, patches, inputs, seconds)), vector=8, packet=8)
+    layers = list(zip(macs.tolist(), patches.tolist(), inputs.tolist(), strict=True))
+    programs = [layers[i : i + 3] for i in range(0, 30, 3)]  # of three layers each
+    taken = seconds.reshape(-1, 3).sum(1).tolist()
+    fitted = probes.fit(programs, taken, vector=8, packet=8)
     want = (1e9, 5e8, 2e8, 1e-4)
     assert fitted[:4] == pytest.approx(want, rel=1e-6) and fitted.error < 1e-9
