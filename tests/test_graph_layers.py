@@ -162,6 +162,30 @@ def test_moments_are_those_of_all_rows():
     assert capture(fn, params, batches, layers=chosen, gram=False)["a"].gram.size == 0
 
 
+def test_variances_are_those_of_gram_matrices_and_do_not_cancel():
+    def fn(p, x):
+        h = lax.scan(lambda h, w: (jax.nn.relu(h @ w @ p["shared"]), None), x, p["stack"])[0]
+        return jnp.einsum("bhi,hio->bho", h.reshape(-1, 2, 3), p["heads"])
+
+    params = {"stack": draw(3, 6, 6), "shared": draw(6, 6, seed=2), "heads": draw(2, 3, 4, seed=1)}
+    batches = [(draw(5, 6, seed=2),), (draw(3, 6, seed=3),)]
+    chosen = layers(fn, params, *batches[0]).layers
+    whole = capture(fn, params, batches, layers=chosen)
+    cheap = capture(fn, params, batches, layers=chosen, gram=False)
+    shapes = {name: moments.variance.shape for name, moments in cheap.items()}
+    assert shapes == {"stack": (3, 1, 6), "shared": (1, 1, 6), "heads": (1, 2, 3)}
+    for name, moments in whole.items():
+        diagonal = jnp.diagonal(moments.hessian, axis1=-2, axis2=-1)
+        np.testing.assert_allclose(
+            cheap[name].variance + moments.mean**2, diagonal, rtol=1e-5, atol=1e-6
+        )
+    far = [(x + 1e4,) for (x,) in batches]
+    seen = np.concatenate([np.asarray(x, np.float64) for (x,) in far])
+    (layer, *_) = chosen
+    variance = capture(fn, params, far, layers=[layer], gram=False)["stack"].variance
+    np.testing.assert_allclose(variance[0, 0], seen.var(0), rtol=1e-3)
+
+
 def test_capture_refuses_bad_data():
     fn, params = (lambda p, x: x @ p), draw(4, 2)
     chosen = layers(fn, params, draw(3, 4)).layers

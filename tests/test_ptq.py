@@ -336,6 +336,8 @@ def test_errors_name_what_is_wrong():
         gptq(dense, {"w": w}, [(x,)], {"w": integer(4)})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="format must be a format"):
         Spec("int4")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="calibrate must be a Calibrator such as .*, got 'mse'"):
+        Spec(integer(4), calibrate="mse")  # type: ignore
     with pytest.raises(ValueError, match="rule 'kernel' matches no parameter; nearest: 'w'"):
         gptq(dense, {"w": w}, [(x,)], {"kernel": Spec(integer(4))})
     with pytest.raises(ValueError, match="data is empty"):

@@ -23,6 +23,7 @@ class Moments(NamedTuple):
     total: Array  # [S, G, K] sum of x
     magnitude: Array  # [S, G, K] sum of |x|
     largest: Array  # [S, G, K] max of |x|
+    scatter: Array  # [S, G, K] sum of (x - mean)^2
     gram: Array  # [S, G, K, K] sum of x x^T; [S, G, 0, 0] where it was not asked for
 
     @property
@@ -34,6 +35,11 @@ class Moments(NamedTuple):
     def mean_magnitude(self) -> Array:
         """[S, G, K] mean of |x|."""
         return self.magnitude / self._rows(2)
+
+    @property
+    def variance(self) -> Array:
+        """[S, G, K] mean of (x - mean)^2, exact where it is far smaller than the mean too."""
+        return self.scatter / self._rows(2)
 
     @property
     def hessian(self) -> Array:
@@ -135,7 +141,7 @@ def _empty(layer: Layer, gram: bool) -> Moments:
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     square = (*lead, groups, k, k) if gram else (*lead, groups, 0, 0)
     vector = zeros((*lead, groups, k))
-    return Moments(zeros(lead), vector, vector, vector, zeros(square))
+    return Moments(zeros(lead), vector, vector, vector, vector, zeros(square))
 
 
 @functools.partial(jax.jit, static_argnames=("fn",))
@@ -156,11 +162,20 @@ def _added(moments: Moments, x: Array) -> Moments:
     gram = moments.gram
     if gram.shape[-1] == x.shape[-1]:
         gram = gram + jnp.einsum("grk,grl->gkl", x, x, precision=lax.Precision.HIGHEST)
+    count, total = moments.count + x.shape[1], moments.total + jnp.sum(x, axis=1)
+    mean = jnp.sum(x, axis=1) / max(x.shape[1], 1)
+    # of both parts around the mean of all: n1 (mean1 - mean)^2 + n2 (mean2 - mean)^2 more
+    middle = total / jnp.maximum(count, 1)
+    apart = (
+        moments.count * (moments.total / jnp.maximum(moments.count, 1) - middle) ** 2
+        + x.shape[1] * (mean - middle) ** 2
+    )
     return Moments(
-        moments.count + x.shape[1],
-        moments.total + jnp.sum(x, axis=1),
+        count,
+        total,
         moments.magnitude + jnp.sum(jnp.abs(x), axis=1),
         jnp.maximum(moments.largest, jnp.max(jnp.abs(x), axis=1, initial=0.0)),
+        moments.scatter + jnp.sum((x - mean[:, None]) ** 2, axis=1) + apart,
         gram,
     )
 
@@ -173,4 +188,8 @@ def _of_trips(moments: Moments, layer: Layer) -> Moments:
     if not layer.shared:
         return flat
     total = Moments(*(jnp.sum(field, axis=0, keepdims=True) for field in flat))
-    return total._replace(largest=jnp.max(flat.largest, axis=0, keepdims=True))
+    apart = flat.count[:, None, None] * (flat.mean - total.mean) ** 2
+    return total._replace(
+        largest=jnp.max(flat.largest, axis=0, keepdims=True),
+        scatter=jnp.sum(flat.scatter + apart, axis=0, keepdims=True),
+    )

@@ -12,7 +12,12 @@ from jaxcompress.core.paths import near_misses
 from jaxcompress.formats import Format, Granularity, check_format
 from jaxcompress.graph import Tap, trace, walk
 from jaxcompress.graph.capture import each_batch
-from jaxcompress.quantize.calibrate import Calibrator, min_max, refuse_non_finite
+from jaxcompress.quantize.calibrate import (
+    Calibrator,
+    check_calibrator,
+    min_max,
+    refuse_non_finite,
+)
 
 _TENSOR = Granularity()
 
@@ -77,6 +82,7 @@ def activations(
       ValueError: (at init) `sites` matches nothing; (from `grids`) NaN or Inf was seen.
     """
     check_format(format)
+    check_calibrator(calibrate)
     calibrate = calibrate or min_max()
 
     def fresh(tap):

@@ -32,6 +32,15 @@ class Calibrator(NamedTuple):
     of: Callable[..., tuple[Array, Array]] | None = None
 
 
+def check_calibrator(calibrate: Any) -> None:
+    """Raises TypeError for what is neither None nor a `Calibrator`."""
+    if calibrate is not None and not isinstance(calibrate, Calibrator):
+        raise TypeError(
+            "calibrate must be a Calibrator such as quantize.min_max() or quantize.mse(), or None, "
+            f"got {calibrate!r}"
+        )
+
+
 def range_of(
     calibrate: Calibrator,
     x: Array,

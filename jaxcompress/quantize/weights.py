@@ -27,7 +27,13 @@ from jaxcompress.formats import (
     half_even,
     stochastic,
 )
-from jaxcompress.quantize.calibrate import Calibrator, min_max, range_of, refuse_non_finite
+from jaxcompress.quantize.calibrate import (
+    Calibrator,
+    check_calibrator,
+    min_max,
+    range_of,
+    refuse_non_finite,
+)
 
 
 class Drawn(NamedTuple):
@@ -103,6 +109,7 @@ def fake_quant(
     [ 0.   0.2 -0.7]
     """
     check_format(format)
+    check_calibrator(calibrate)
     if not is_float_array(x):
         raise TypeError(f"x must be a floating point array, got {getattr(x, 'dtype', type(x))}")
     where = granularity_for(format, axis, group, block)
@@ -159,6 +166,7 @@ def weights(
     10
     """
     check_format(format)
+    check_calibrator(calibrate)
     where = granularity_for(format, axis, group, block)
     draws = rounding is stochastic
 

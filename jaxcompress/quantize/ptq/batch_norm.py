@@ -4,8 +4,9 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxcompress.graph.absorb import normalizations, rescale
+from jaxcompress.graph.absorb import rescale
 from jaxcompress.graph.capture import check_batches
+from jaxcompress.graph.normalizations import normalizations
 from jaxcompress.quantize.ptq.spec import Rules, plan
 
 

@@ -4,34 +4,28 @@ Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias C
 1906.04721, sections 4.1 and 4.2.
 """
 
-import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
-from jaxcompress.graph import compat
 from jaxcompress.graph.absorb import (
     Absorption,
     Elements,
-    Flat,
     absorbable,
     channels_of,
     ranges,
     rescale,
     slots,
+    spread,
 )
-from jaxcompress.graph.biases import Bias, biases_of
 from jaxcompress.graph.capture import Batches, Moments, capture
-from jaxcompress.graph.inline import Op
-from jaxcompress.graph.matrices import Layer, layers_of
-from jaxcompress.graph.trace import trace_program
+from jaxcompress.graph.matrices import Layer
+from jaxcompress.graph.shift import shiftable
 from jaxcompress.quantize.ptq.spec import Rules, leaf, plan, replaced
 
 
@@ -136,20 +130,6 @@ def equal_scales(
     return totals
 
 
-class Shift(NamedTuple):
-    """A bias that can move through a ReLU into the biases behind it.
-
-    Attributes:
-      group: the channels.
-      front: the bias in front, as elements.
-      consumers: layers behind, each with its bias.
-    """
-
-    group: Absorption
-    front: Elements
-    consumers: tuple[tuple[Layer, Bias], ...]
-
-
 def absorb_high_bias(
     apply_fn: Callable[..., Any],
     params: Any,
@@ -169,13 +149,12 @@ def absorb_high_bias(
     """
     shifts = shiftable(apply_fn, params, batches[0], groups)
     behind = [layer for shift in shifts for layer, _ in shift.consumers]
-    moments = capture(apply_fn, params, batches, layers=behind) if behind else {}
+    moments = capture(apply_fn, params, batches, layers=behind, gram=False) if behind else {}
     for group, front, consumers in shifts:
         layer, _ = consumers[0]
         c = _least(group, layer, moments[layer.tap.name])
         bias = leaf(params, front.path)
-        shift = jnp.where(front.channel < 0, 0.0, c[front.channel])
-        params = replaced(params, {front.path: bias - shift.astype(bias.dtype)})
+        params = replaced(params, {front.path: bias - spread(front, c, 0.0).astype(bias.dtype)})
         for layer, bias in consumers:
             # [S, G, N] sum over inputs of W2 c
             at = channels_of(group, layer)
@@ -190,98 +169,6 @@ def absorb_high_bias(
 
 def _least(group: Absorption, layer: Layer, moments: Moments) -> Array:
     # c = max(0, mean - 3 std), the least over the inputs that share a channel.
-    square = jnp.diagonal(moments.hessian, axis1=-2, axis2=-1)
-    std = jnp.sqrt(jnp.maximum(square - moments.mean**2, 0.0))
-    c = jnp.maximum(moments.mean - 3 * std, 0.0).reshape(-1)
+    c = jnp.maximum(moments.mean - 3 * jnp.sqrt(moments.variance), 0.0).reshape(-1)
     least = jnp.full(group.channels, jnp.inf).at[slots(group, layer)].min(c, mode="drop")
     return jnp.where(jnp.isfinite(least), least, 0.0)
-
-
-def shiftable(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    inputs: Sequence[Any],
-    groups: Sequence[Absorption],
-) -> tuple[Shift, ...]:
-    """The groups whose bias in front can move through a ReLU into the biases behind it."""
-    program = trace_program(apply_fn, params, *inputs)
-    flat, known = Flat(program), layers_of(program).layers
-    found = biases_of(program, layers=known)
-    named = {layer.site.name: layer for layer in known}
-    shifts = []
-    for group in groups:
-        front = [elements for elements in group.producers if not elements.weight]
-        before = named.get(group.producer)
-        behind = [named[name] for name in group.layers if name in named]
-        chain = before and _chain(flat, before)
-        if len(front) != 1 or not chain or len(behind) != len(group.layers):
-            continue
-        own = found.get(before.tap.name) if before else None
-        if own is None or own.path != front[0].path or not _private(flat, own.path):
-            continue
-        if set(chain) != {layer.site.name for layer in behind}:
-            continue
-        after = tuple((layer, found.get(layer.tap.name)) for layer in behind)
-        fit = [bias for layer, bias in after if bias and _takes_shift(flat, layer, bias)]
-        if len(fit) == len(after):
-            shifts.append(Shift(group, front[0], after))  # type: ignore[arg-type]
-    return tuple(shifts)
-
-
-def _chain(flat: Flat, layer: Layer) -> list[str]:
-    # Names of the sites behind output -> bias -> ReLU, and views between; [] for anything else.
-    at = next(k for k, op in enumerate(flat.ops) if _site(flat, op) == layer.site.name)
-    wanted, number = ["add", "max"], flat.ops[at].outputs[0]
-    while number not in flat.outputs:
-        readers = [flat.ops[k] for k in flat.readers.get(number, ())]
-        names = [_site(flat, op) for op in readers]
-        if not wanted and readers and all(names):
-            return [name for name in names if name]
-        if len(readers) != 1:
-            return []
-        (op,) = readers
-        if wanted and op.primitive == wanted[0]:
-            if op.primitive == "max" and not any(
-                map(functools.partial(_is_zero, flat, op), (0, 1))
-            ):
-                return []
-            if op.primitive == "add" and all(map(flat.is_data, op.operands)):
-                return []
-            wanted = wanted[1:]
-        elif op.primitive not in _VIEWS:
-            return []
-        number = op.outputs[0]
-    return []
-
-
-_VIEWS = frozenset("reshape squeeze expand_dims transpose".split())
-
-
-def _site(flat: Flat, op: Op) -> str:
-    site = flat.program.contractions.get(op.place)
-    return site.name if site is not None and op.primitive in (compat.DOT, compat.CONV) else ""
-
-
-def _is_zero(flat: Flat, op: Op, port: int) -> bool:
-    return flat.is_free(op, port) and bool(np.all(flat.literal(op, port) == 0))
-
-
-def _private(flat: Flat, path: str) -> bool:
-    # Whether a leaf is used in one place.
-    number = flat.paths.index(path)
-    while len(readers := flat.readers.get(number, ())) == 1:
-        op = flat.ops[readers[0]]
-        if flat.is_data(op.outputs[0]):
-            return True
-        number = op.outputs[0]
-    return False
-
-
-def _takes_shift(flat: Flat, layer: Layer, bias: Bias) -> bool:
-    config, site = layer.site.config, layer.site
-    if layer.index.shape[0] > 1 or math.prod(site.loops) > 1 or not _private(flat, bias.path):
-        return False
-    if site.primitive == compat.DOT:
-        return True
-    dilated = any(n > 1 for n in config["lhs_dilation"])
-    return not dilated and all(low <= 0 and high <= 0 for low, high in config["padding"])

@@ -14,7 +14,7 @@ from jaxcompress.core.paths import leaves_with_paths, match_rules
 from jaxcompress.formats import Format, Granularity, check_format, granularity_for
 from jaxcompress.graph.capture import Batches, check_batches
 from jaxcompress.graph.matrices import Layer, layers
-from jaxcompress.quantize.calibrate import Calibrator
+from jaxcompress.quantize.calibrate import Calibrator, check_calibrator
 from jaxcompress.quantize.weights import weights
 
 
@@ -37,6 +37,7 @@ class Spec:
 
     def __post_init__(self):
         check_format(self.format)
+        check_calibrator(self.calibrate)
 
     @property
     def where(self) -> Granularity:
