@@ -25,7 +25,7 @@ from experiments.models.zoo import ZOO, Network
 from jaxcompress.graph import trace
 
 TINY = ("resnet8", "ds_cnn", "mobilenet_v1_025", "autoencoder")
-SHORT_PARAMS = 1_000_000  # `--short` leaves larger networks out
+SHORT_PARAMS = 300_000  # `--short` leaves larger networks out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,12 @@
 
 stories260K (Llama type, 260,032 parameters) on the 790 validation stories of TinyStories, mean
 next-token loss in nats. Calibration sees no story: the model's own samples, drawn by the seed.
-Weights are symmetric integers in groups of 32 inputs: rtn (rounded to nearest), gptq (on least
-squares ranges) and tuned (from gptq, all float parameters tuned until the quantized network's
-distribution is the float network's, on more samples). w8a8 has one scale per output channel and one
-asymmetric grid per activation, its range a percentile; the KV cache has one scale per token and
-head. The table of tokens, which is also the head, is quantized like the other weights.
+Weights are integers in groups of 32 inputs, symmetric (int) or with a zero point (uint): rtn
+(rounded to nearest), gptq (on least squares ranges) and tuned (from gptq of uint4, all float
+parameters and scales tuned until the quantized network's distribution is the float network's, on
+more samples). w8a8: SmoothQuant, then weights with one scale per output channel and one asymmetric
+grid per activation, its range by least squares. The KV cache has one scale per token and head. The
+table of tokens, which is also the head, is quantized like the other weights.
 Half an hour on two CPU cores, no download.
 Result: experiments/results/ptq_lm.json.
 """
@@ -28,7 +29,7 @@ from jaxcompress.quantize import Spec
 
 KERNELS = ".*(kernel|embedding)"
 GROUP = 32
-BATCH = 4  # texts of a step
+TUNED = (4, False)  # bits, symmetric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,83 +37,96 @@ class Args(Options):
     """Options."""
 
     samples: int = 32
-    """Texts that the model writes for calibration."""
-    tuning_samples: int = 512
-    """Texts that it writes for tuning, those of the calibration among them."""
-    length: int = 512
-    """Tokens of each."""
+    """Texts of 512 tokens that the model writes for calibration."""
+    tuning_samples: int = 4096
+    """Texts of 128 tokens that it writes for tuning."""
     sweeps: int = 4
     """Passes of coordinate descent after GPTQ."""
     epochs: int = 8
     """Passes of tuning."""
     learning_rate: float = 1e-3
     """Of tuning, at its start."""
-    percentile: float = 99.99
-    """Of the activations of w8a8, that their range holds at either end."""
+    alpha: float = 0.7
+    """Share of the range of activations that SmoothQuant moves into the weights."""
 
 
-def specs(bits: int, *, clip: bool = False) -> dict[str, Spec]:
+def specs(format: jc.formats.Format, *, clip: bool = False) -> dict[str, Spec]:
     """Weights [in, out] in groups of inputs; the table [tokens, dim] in groups of its rows."""
-    common = {"group": GROUP, "calibrate": jc.quantize.mse() if clip else None}
-    format = jc.formats.integer(bits)
-    return {".*kernel": Spec(format, **common), ".*embedding": Spec(format, axis=0, **common)}
+    of = functools.partial(Spec, format, group=GROUP, calibrate=jc.quantize.mse() if clip else None)
+    return {".*kernel": of(), ".*embedding": of(axis=0)}
 
 
-def samples(args: Args, params: Any) -> list[tuple[jax.Array]]:
+def texts(args: Args, params: Any, count: int, length: int, *, size: int) -> list[tuple[jax.Array]]:
     """Batches of texts that the model writes."""
-    count, length = (8, 64) if args.short else (args.tuning_samples, args.length)
+    count, length = (2 * size, 64) if args.short else (count, length)
     drawn = stories.calibration_tokens(params, count, length=length, seed=args.seed)
-    return [(jnp.asarray(drawn[i : i + BATCH]),) for i in range(0, count, BATCH)]
+    return [(jnp.asarray(drawn[i : i + size]),) for i in range(0, count, size)]
 
 
-def low_bits(args: Args, report: Report, bits: int, params: Any, data: list) -> dict[str, Any]:
-    """The weights that each method gives, as the network sees them; and the packed bits."""
-    fn, spec, clipped = llama.apply_fn(), specs(bits), specs(bits, clip=True)
-    recipe = jc.quantize.recipe(spec)
-    few = data[: max(args.samples // BATCH, 1)]
-    found = {"rtn": jc.quantize.round_to_nearest(fn, params, few, spec)}
-    track = lambda layers: report.progress(layers, f"GPTQ, int{bits}")
-    found["gptq"] = jc.quantize.gptq(fn, params, few, clipped, sweeps=args.sweeps, progress=track)
-    found["tuned"] = jc.quantize.reconstruct(
-        fn,
-        params,
-        data,
-        clipped,
-        quantized=found["gptq"],
-        distance=functools.partial(jc.distill.kd, temperature=1.0),
-        epochs=1 if args.short else args.epochs,
-        learning_rate=args.learning_rate,
-        progress=lambda epochs: report.progress(epochs, f"tuning, int{bits}"),
-    )
-    views = {f"{name}_w{bits}g{GROUP}": recipe.apply(*pair) for name, pair in found.items()}
-    return {**views, "bits_per_weight": bits_per_weight(recipe, found["tuned"])}
+class Case:
+    """The network with its calibration; weights by format and method."""
 
+    def __init__(self, args: Args, report: Report, params: Any):
+        self.args, self.report, self.params = args, report, params
+        self.fn = llama.apply_fn()
+        self.data = texts(args, params, args.samples, 512, size=4)
 
-def eight_bits(args: Args, params: Any, data: list) -> tuple[Any, Any]:
-    """int8 weights per output channel, and the grids of the activations."""
-    eight = jc.formats.integer(8)
-    spec = {".*kernel": Spec(eight), ".*embedding": Spec(eight, axis=0)}
-    fn = llama.apply_fn()
-    view = jc.quantize.recipe(spec).apply(*jc.quantize.round_to_nearest(fn, params, data, spec))
-    quantizer = jc.quantize.activations(
-        fn,
-        jc.formats.integer(8, symmetric=False),
-        calibrate=jc.quantize.percentile(args.percentile),
-        sites=KERNELS,
-    )
-    return jc.quantize.calibrate_activations(quantizer, view, data), view
+    def rounded(self, format: jc.formats.Format) -> Any:
+        """Rounded to nearest, (params, state)."""
+        return jc.quantize.round_to_nearest(self.fn, self.params, self.data, specs(format))
+
+    def gptq(self, format: jc.formats.Format) -> Any:
+        """GPTQ on least squares ranges, (params, state)."""
+        track = lambda layers: self.report.progress(layers, f"GPTQ, {format.name}")
+        spec, sweeps = specs(format, clip=True), self.args.sweeps
+        return jc.quantize.gptq(
+            self.fn, self.params, self.data, spec, sweeps=sweeps, progress=track
+        )
+
+    def tuned(self, format: jc.formats.Format, start: Any) -> Any:
+        """All parameters and scales tuned from `start`, (params, state)."""
+        args = self.args
+        return jc.quantize.reconstruct(
+            self.fn,
+            self.params,
+            texts(args, self.params, args.tuning_samples, 128, size=8),
+            specs(format, clip=True),
+            quantized=start,
+            distance=functools.partial(jc.distill.kd, temperature=1.0),
+            epochs=1 if args.short else args.epochs,
+            learning_rate=args.learning_rate,
+            scales=True,
+            progress=lambda epochs: self.report.progress(epochs, f"tuning, {format.name}"),
+        )
+
+    def eight_bits(self) -> tuple[Any, Any]:
+        """The grids of the activations, and int8 weights per output channel."""
+        eight = jc.formats.integer(8)
+        spec = {".*kernel": Spec(eight)}
+        smooth, _ = jc.quantize.smooth_quant(
+            self.fn, self.params, self.data, spec, alpha=self.args.alpha
+        )
+        recipe = jc.quantize.recipe({**spec, ".*embedding": Spec(eight, axis=0)})
+        view = recipe.apply(smooth, recipe.init(smooth))
+        quantizer = jc.quantize.activations(
+            self.fn,
+            jc.formats.integer(8, symmetric=False),
+            calibrate=jc.quantize.mse(),
+            sites=KERNELS,
+        )
+        return jc.quantize.calibrate_activations(quantizer, view, self.data), view
 
 
 def main(args: Args, report: Report) -> dict[str, Any]:
     """Evaluates every variant."""
     params, fn = stories260k.load_pretrained(), llama.apply_fn()
-    texts = stories.load_stories()[: 16 if args.short else None]
-    data = samples(args, params)
+    validation = stories.load_stories()[: 16 if args.short else None]
+    case = Case(args, report, params)
     rows: list[tuple[str, float, float]] = []
     figures: dict[str, Any] = {}
 
     def note(name: str, predict: Any) -> None:
-        loss = float(stories.mean_loss(predict, texts))
+        loss = float(stories.mean_loss(predict, validation))
         rows.append((name, loss, loss - rows[0][1] if rows else 0.0))
         figures[f"{name}_loss_nats"] = loss
         if len(rows) > 1:
@@ -121,14 +135,22 @@ def main(args: Args, report: Report) -> dict[str, Any]:
 
     note("float32", jax.tree_util.Partial(fn, params))
     note("kv8", jax.tree_util.Partial(llama.apply_fn(kv_format=jc.formats.integer(8)), params))
-    grids, view = eight_bits(args, params, data[: max(args.samples // BATCH, 1)])
-    note("w8a8", jax.tree_util.Partial(jc.quantize.with_activations(fn), grids, view))
+    both = jc.quantize.with_activations(fn)
+    note("w8a8", jax.tree_util.Partial(both, *case.eight_bits()))
     for bits in (4, 3):
-        found = low_bits(args, report, bits, params, data)
-        figures[f"w{bits}_bits_per_weight"] = found.pop("bits_per_weight")
-        for name, view in found.items():
-            note(name, jax.tree_util.Partial(fn, view))
-        best = min(figures[f"{name}_increase_nats"] for name in found)
+        names = []
+        for symmetric in (True, False):
+            format = jc.formats.integer(bits, symmetric=symmetric)
+            recipe = jc.quantize.recipe(specs(format))
+            found = {"rtn": case.rounded(format), "gptq": case.gptq(format)}
+            if (bits, symmetric) == TUNED:
+                found["tuned"] = case.tuned(format, found["gptq"])
+            for method, pair in found.items():
+                names.append(f"{method}_{format.name}g{GROUP}")
+                note(names[-1], jax.tree_util.Partial(fn, recipe.apply(*pair)))
+            key = f"{format.name}g{GROUP}_bits_per_weight"
+            figures[key] = bits_per_weight(recipe, found["gptq"])
+        best = min(figures[f"{name}_increase_nats"] for name in names)
         figures[f"w{bits}g{GROUP}_increase_nats"] = best
     report.table("stories260K", ("variant", "loss, nats", "increase"), rows)
     return figures

@@ -305,6 +305,16 @@ def test_reconstruction_brings_the_outputs_of_the_whole_network_back():
         jax.tree.leaves(core.unpack(comp.pack(got, state)))[0],
         jax.tree.leaves(comp.apply(got, state))[0],
     )
+    both, moved = ptq.reconstruct(
+        network, params, data, spec, quantized=start, epochs=30, learning_rate=1e-3, scales=True
+    )
+    assert off(comp.apply(both, moved)) < off(comp.apply(got, state))
+    pairs = zip(jax.tree.leaves(moved), jax.tree.leaves(state), strict=True)
+    assert all((a > 0).all() and (a != b).any() for a, b in pairs)
+    np.testing.assert_array_equal(
+        jax.tree.leaves(core.unpack(comp.pack(both, moved)))[0],
+        jax.tree.leaves(comp.apply(both, moved))[0],
+    )
     # A step size that can only harm leaves the start.
     same, _ = ptq.reconstruct(
         network, params, data, spec, quantized=start, epochs=1, learning_rate=1e3

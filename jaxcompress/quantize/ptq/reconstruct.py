@@ -14,6 +14,7 @@ import optax
 from jax import Array
 
 from jaxcompress.core.compressor import Compressor, CompressState, is_float_array
+from jaxcompress.formats.scales import QParams
 from jaxcompress.quantize.ptq.driver import Progress
 from jaxcompress.quantize.ptq.spec import Rules, plan
 
@@ -37,9 +38,10 @@ def reconstruct(
     distance: Distance = squared_error,
     epochs: int = 20,
     learning_rate: float = 1e-4,
+    scales: bool = False,
     progress: Progress = iter,
 ) -> tuple[Any, CompressState]:
-    """Float parameters behind fixed grids, moved by Adam until the outputs are the float network's.
+    """Float parameters behind their grids, moved by Adam until the outputs are the float network's.
 
     Minimizes distance(f(Q(p)), f(params)) over p on the data, without labels; gradients go straight
     through the rounding. Every floating leaf moves, those that are not quantized too. The learning
@@ -52,10 +54,13 @@ def reconstruct(
       distance: (outputs, targets) -> scalar; for logits `distill.kd` with a temperature of 1.
       epochs: passes over the data.
       learning_rate: of Adam, at the start.
+      scales: the scales of integer grids move as well, each by its logarithm, with the gradients of
+        Esser et al. 2019, arXiv 1902.08153, eq. 3.
       progress: wraps the epochs, for a progress bar.
 
     Returns:
-      (params, state) for the `apply` and `pack` of `recipe(spec)`; the state as in `quantized`.
+      (params, state) for the `apply` and `pack` of `recipe(spec)`; the state as in `quantized`,
+      but for scales that moved.
 
     Raises:
       ValueError: as `spec.plan`.
@@ -66,7 +71,8 @@ def reconstruct(
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(total, 1)))
     problem = _Problem(apply_fn, planned.recipe, distance)
     targets = [_outputs(params, batch, fn=apply_fn) for batch in planned.batches]
-    moving, fixed = _split(start)
+    floats, fixed = _split(start)
+    moving = _Moving(floats, _no_growth(state) if scales else None)
     tuned = _Tuned(moving, optimizer.init(moving))
     loss = jax.jit(problem.loss)
     judged = lambda moving: _mean(loss, moving, fixed, state, planned.batches, targets)
@@ -78,7 +84,28 @@ def reconstruct(
         now = judged(tuned.params)
         if now < least:
             best, least = tuned.params, now
-    return _join(best, fixed), state
+    return _join(best.floats, fixed), _grown(state, best.growth)
+
+
+class _Moving(NamedTuple):
+    floats: Any  # of the parameters
+    growth: Any  # log of new over old scales, () beside what is no scale; None: they stay
+
+
+def _is_grid(x: Any) -> bool:
+    return isinstance(x, QParams)
+
+
+def _no_growth(state: CompressState) -> Any:
+    zeros = lambda x: jnp.zeros_like(x.scale) if _is_grid(x) else ()
+    return jax.tree.map(zeros, state.buffers, is_leaf=_is_grid)
+
+
+def _grown(state: CompressState, growth: Any) -> CompressState:
+    if growth is None:
+        return state
+    grow = lambda x, by: x._replace(scale=x.scale * jnp.exp(by)) if _is_grid(x) else x
+    return state._replace(buffers=jax.tree.map(grow, state.buffers, growth, is_leaf=_is_grid))
 
 
 class _Problem(NamedTuple):
@@ -88,7 +115,7 @@ class _Problem(NamedTuple):
 
     def loss(self, moving, fixed, state, batch, target) -> Array:
         """The distance of one batch."""
-        view = self.recipe.apply(_join(moving, fixed), state)
+        view = self.recipe.apply(_join(moving.floats, fixed), _grown(state, moving.growth))
         return self.distance(self.fn(view, *batch), target)
 
 
