@@ -8,7 +8,7 @@ first and the last one too. 512 training images, drawn by the seed, calibrate; t
 rtn (ranges from min to max), mse (least squares ranges), gptq (on least squares ranges, inputs of
 the float network, two sweeps of coordinate descent), adaround, and gptq_bias (gptq, then bias
 correction with the quantized inputs). Activations: min-max ranges at 8 bits, least squares at 4.
-About twenty minutes on two CPU cores.
+About an hour on two CPU cores.
 Result: experiments/results/ptq_cifar10.json.
 """
 

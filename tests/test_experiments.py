@@ -179,14 +179,18 @@ def test_costs_are_counted_and_validated(capsys, tmp_path):
         "cost_validation.json",
         "cost_validation.png",
     }
-    row = call(cost_host, "cost_host", capsys)
-    assert row["width_100_measured_s"] > 0 and row["ranked_pairs"] <= 6
     line = fails(cost_host, "cost_host", capsys, "--device", "missing.toml")
     assert "device file 'missing.toml' does not exist" in line
 
 
+@pytest.mark.long
+def test_the_measured_host_predicts_networks(capsys):
+    row = call(cost_host, "cost_host", capsys)
+    assert row["width_100_measured_s"] > 0 and row["ranked_pairs"] <= 6
+
+
 @needs_cifar
-@pytest.mark.broad
+@pytest.mark.long
 def test_post_training_methods_on_cifar10(capsys, tmp_path):
     flags = ("--depths", "20", "--methods", "rtn", "gptq", "--out", str(tmp_path))
     row = call(ptq_cifar10, "ptq_cifar10", capsys, *flags)
@@ -200,7 +204,7 @@ def test_post_training_methods_on_cifar10(capsys, tmp_path):
 
 
 @needs_cifar
-@pytest.mark.broad
+@pytest.mark.long
 def test_integers_alone_on_cifar10(capsys):
     row = call(integer_cifar10, "integer_cifar10", capsys)
     assert row["differing_codes"] == row["float_operations"] == 0 < row["compared_codes"]
@@ -218,7 +222,7 @@ def test_post_training_methods_on_language_models(capsys):
     assert {"float32_spearman", "w8a8_spearman", "w4g32_spearman", "w3g32_spearman"} <= set(row)
 
 
-@pytest.mark.broad
+@pytest.mark.long
 def test_equalization_rescues_a_misscaled_network(capsys):
     row = call(equalize_experiment, "equalize", capsys)
     assert row["misscaled_int8_top1_percent"] < row["equalized_int8_top1_percent"]
@@ -228,5 +232,5 @@ def test_equalization_rescues_a_misscaled_network(capsys):
 
 def test_gptq_is_timed_beside_its_limit(capsys):
     row = call(gptq_benchmark, "gptq_benchmark", capsys)
-    assert {"first_call_s", "steady_s", "large_s", "steady_limit_s"} <= set(row)
+    assert {"first_call_s", "steady_s", "steady_limit_s"} <= set(row)
     assert row["error_over_nearest"] < 1
