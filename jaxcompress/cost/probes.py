@@ -160,7 +160,14 @@ def _columns(layers: np.ndarray, vector: int, packet: int) -> np.ndarray:
 
 
 def fits(timed: list[Probe], seconds: list[float]) -> tuple[dict[str, Fitted], int, int]:
-    # Of the widths of vectors that processors have, those that leave the smallest error.
+    """The speed of every class of layers, and the vector and packet, in channels, of convolutions.
+
+    Of the widths that processors have, those that leave the smallest error.
+
+    Args:
+      timed: the programs.
+      seconds: what the layers of each took.
+    """
     groups = {op: [i for i, p in enumerate(timed) if p.op == op] for op in {p.op for p in timed}}
 
     def fitted(op: str, vector: int = 1, packet: int = 1) -> Fitted:

@@ -162,8 +162,9 @@ def _added(moments: Moments, x: Array) -> Moments:
     gram = moments.gram
     if gram.shape[-1] == x.shape[-1]:
         gram = gram + jnp.einsum("grk,grl->gkl", x, x, precision=lax.Precision.HIGHEST)
-    count, total = moments.count + x.shape[1], moments.total + jnp.sum(x, axis=1)
-    mean = jnp.sum(x, axis=1) / max(x.shape[1], 1)
+    added = jnp.sum(x, axis=1)
+    count, total = moments.count + x.shape[1], moments.total + added
+    mean = added / max(x.shape[1], 1)
     # of both parts around the mean of all: n1 (mean1 - mean)^2 + n2 (mean2 - mean)^2 more
     middle = total / jnp.maximum(count, 1)
     apart = (
