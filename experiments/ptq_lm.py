@@ -38,13 +38,13 @@ class Args(Options):
 
     samples: int = 32
     """Texts of 512 tokens that the model writes for calibration."""
-    tuning_samples: int = 4096
-    """Texts of 128 tokens that it writes for tuning."""
+    tuning_samples: int = 384
+    """Texts of 512 tokens that it writes for tuning."""
     sweeps: int = 4
     """Passes of coordinate descent after GPTQ."""
     epochs: int = 8
     """Passes of tuning."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Of tuning, at its start."""
     alpha: float = 0.7
     """Share of the range of activations that SmoothQuant moves into the weights."""
@@ -89,7 +89,7 @@ class Case:
         return jc.quantize.reconstruct(
             self.fn,
             self.params,
-            texts(args, self.params, args.tuning_samples, 128, size=8),
+            texts(args, self.params, args.tuning_samples, 512, size=4),
             specs(format, clip=True),
             quantized=start,
             distance=functools.partial(jc.distill.kd, temperature=1.0),
