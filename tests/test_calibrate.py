@@ -10,6 +10,8 @@ from jaxcompress.formats import granularity, half_away, half_even, integer, stoc
 from jaxcompress.quantize import fake_quant
 from jaxcompress.quantize.calibrate import range_of
 
+pytestmark = pytest.mark.broad
+
 CALIBRATORS = {
     "min_max": quantize.min_max(),
     "moving_average": quantize.moving_average(0.9),

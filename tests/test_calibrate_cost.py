@@ -15,6 +15,8 @@ from jaxcompress.cost import host, probes
 from jaxcompress.cost.calibrate import error_bound
 from jaxcompress.cost.device import OPS
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.fixture(scope="module")
 def predictor():

@@ -28,6 +28,8 @@ from experiments.benchmarks import formats as formats_benchmark
 from experiments.benchmarks import gptq as gptq_benchmark
 from experiments.benchmarks import stream as stream_benchmark
 
+pytestmark = pytest.mark.broad
+
 needs_cifar = pytest.mark.skipif(
     data.DATA_VARIABLE not in os.environ, reason=f"{data.DATA_VARIABLE} is not set: no CIFAR-10"
 )
@@ -55,7 +57,6 @@ def fails(module, name, capsys, *flags):
     return line
 
 
-@pytest.mark.broad
 def test_quickstart_writes_a_file_that_a_fresh_process_reads(capsys, tmp_path):
     row = call(quickstart, "quickstart", capsys, "--run-dir", str(tmp_path / "run"))
     keys = {"teacher_top1_percent", "student_top1_percent", "packed_bytes", "budget_bytes"}
@@ -96,7 +97,6 @@ def test_quickstart_refuses_before_it_trains(capsys, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.broad
 @needs_cifar
 @pytest.mark.parametrize(
     "flags, most",
@@ -135,7 +135,6 @@ def test_compress_errors(capsys, tmp_path, flags, message):
     assert not file.exists()
 
 
-@pytest.mark.broad
 def test_formats_tables_and_their_keys(capsys, tmp_path):
     row = call(formats_benchmark, "formats_benchmark", capsys, "--out", str(tmp_path))
     assert {"int4_g32_pack_over_memcpy", "fake_quant_overhead", "memcpy_gb_per_s"} <= set(row)
@@ -144,14 +143,12 @@ def test_formats_tables_and_their_keys(capsys, tmp_path):
     assert "--size must be at least 32, got 8" in line
 
 
-@pytest.mark.broad
 def test_a_killed_run_of_the_streaming_quantizer_goes_on(capsys):
     row = call(stream_benchmark, "stream_benchmark", capsys)
     assert row["kills"] == 3 and row["identical"]
     assert 0 < row["payload_bytes"] < 0.4 * row["source_bytes"]
 
 
-@pytest.mark.broad
 @needs_cifar
 def test_formats_of_trained_weights(capsys, tmp_path):
     row = call(formats_experiment, "formats", capsys, "--out", str(tmp_path))
@@ -168,7 +165,6 @@ def test_a_truncated_packed_file_is_one_clear_error(tmp_path):
         quickstart.accuracy_of_file(path)
 
 
-@pytest.mark.broad
 def test_costs_are_counted_and_validated(capsys, tmp_path):
     row = call(count, "count", capsys)
     assert row["networks"] == row["networks_equal"] > 3

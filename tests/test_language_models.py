@@ -17,6 +17,8 @@ from jaxcompress.core.packed import QTensor
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export import container
 
+pytestmark = pytest.mark.broad
+
 INT8 = jc.formats.integer(8)
 TINY = llama.LlamaConfig(dim=16, hidden=24, layers=2, heads=4, kv_heads=2, vocabulary=40)
 SMALL = minilm.MiniLmConfig(width=24, hidden=40, layers=2, heads=3, vocabulary=50, positions=16)

@@ -20,6 +20,8 @@ from experiments.evaluate import top1
 from experiments.models import digits, pretrained, resnet_cifar
 from jaxcompress.core.files import replacing
 
+pytestmark = pytest.mark.broad
+
 needs_data = pytest.mark.skipif(
     not os.environ.get(data.DATA_VARIABLE),
     reason=f"{data.DATA_VARIABLE} is unset: name a folder with cifar-10-batches-bin/ and "

@@ -12,6 +12,8 @@ from jaxcompress.core.packed import quantize as quantize_array
 from jaxcompress.formats import granularity_for
 from jaxcompress.quantize.weights import qparams_of
 
+pytestmark = pytest.mark.broad
+
 SMALL_FLOATS = {
     "float8_e4m3": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,

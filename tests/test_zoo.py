@@ -13,6 +13,8 @@ from experiments._report import run
 from experiments.models.published import Figure, printed
 from experiments.models.zoo import ZOO, DeepResNetCifar, Network
 
+pytestmark = pytest.mark.broad
+
 TINY_OUTPUTS = {"resnet8": 10, "ds_cnn": 12, "mobilenet_v1_025": 2, "autoencoder": 640}
 
 
