@@ -1,8 +1,9 @@
 """Pruning: criteria, schedules, masks."""
 
-from jaxcompress.prune.magnitude import PruneState, magnitude, masks, sparsity_of
+from jaxcompress.prune.magnitude import magnitude
 from jaxcompress.prune.optimizer import mask_gradients, masked_optimizer, project
 from jaxcompress.prune.schedules import SparsitySchedule, cubic
+from jaxcompress.prune.state import PruneState, masks, sparsity_of
 
 __all__ = [
     "PruneState",

@@ -1,30 +1,21 @@
 """Magnitude pruning: the weights nearest to zero go first."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from jaxcompress.core.compressor import (
     Compressor,
     CompressState,
     at_path,
     holds,
-    is_float_array,
     state_leaves,
 )
-from jaxcompress.core.packed import mask_leaf, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.select import keep_count, top_k_mask, top_k_masks
 from jaxcompress.prune.schedules import as_schedule
-
-
-class PruneState(NamedTuple):
-    """Masks with the params' structure (True keeps; 0-d True: the leaf is dense), and the step."""
-
-    masks: Any
-    step: Array  # int32 []
+from jaxcompress.prune.state import PruneState, apply_masks, check_owner, pack_masks, prunable
 
 
 def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Compressor:
@@ -54,9 +45,6 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
         raise ValueError(f'scope must be "layer" or "global", got {scope!r}')
     schedule = as_schedule(sparsity)
 
-    def prunable(w):
-        return is_float_array(w) and len(w.shape) >= min_ndim
-
     def select(weights, step):
         scores = [jnp.abs(w) for w in weights]
         share = getattr(schedule, "sparsity", None)
@@ -71,7 +59,7 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
 
     def chosen(params):
         leaves, treedef = jax.tree.flatten(params)
-        return [i for i, w in enumerate(leaves) if prunable(w)], leaves, treedef
+        return [i for i, w in enumerate(leaves) if prunable(w, min_ndim)], leaves, treedef
 
     def placed(masks, indices, new):
         found = dict(zip(indices, new, strict=True))
@@ -80,7 +68,7 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
     def init(params):
         for path, w in leaves_with_paths(params):
             with at_path(path):
-                if prunable(w) and not holds(lambda x: ~jnp.isnan(x), w):
+                if prunable(w, min_ndim) and not holds(lambda x: ~jnp.isnan(x), w):
                     raise ValueError("a weight to prune must not be NaN")
         indices, leaves, treedef = chosen(params)
         step = jnp.zeros((), jnp.int32)
@@ -89,12 +77,12 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
         return CompressState(buffers=PruneState(treedef.unflatten(masks), step))
 
     def apply(params, state):
-        _own(state)
-        return jax.tree.map(_hide, params, state.buffers.masks)
+        check_owner(state)
+        return apply_masks(params, state.buffers.masks)
 
     def update(params, state, *, grads=None, **extra):
         del grads, extra
-        _own(state)
+        check_owner(state)
         indices, leaves, treedef = chosen(params)
         masks, step = state_leaves(treedef, state.buffers.masks), state.buffers.step + 1
         new = renew([leaves[i] for i in indices], [masks[i] for i in indices], step)
@@ -102,50 +90,6 @@ def magnitude(sparsity: Any, *, scope: str = "layer", min_ndim: int = 2) -> Comp
         return state._replace(buffers=PruneState(treedef.unflatten(masks), step))
 
     def pack(params, state):
-        return jax.tree.map(_pack_leaf, params, state.buffers.masks)
+        return pack_masks(params, state.buffers.masks)
 
     return Compressor(init, apply, update, pack)
-
-
-def _own(state):
-    if not isinstance(state.buffers, PruneState):
-        raise ValueError("the state holds no masks: it was made by another compressor's init")
-
-
-def _is_dense(w, mask) -> bool:
-    return mask.ndim == 0 and getattr(w, "ndim", 0) > 0
-
-
-def _hide(w, mask):
-    if not is_float_array(w) or _is_dense(w, mask):
-        return w
-    return jnp.where(mask, w, jnp.zeros((), w.dtype))
-
-
-def _pack_leaf(w, mask):
-    return w if _hide(w, mask) is w else mask_leaf(mask, _hide(w, mask))
-
-
-def masks(state: CompressState, params: Any) -> Any:
-    """The masks of all pruning in a state (chains and rules included), with params' structure.
-
-    A leaf that nothing prunes gets a 0-d True; where several prune, their masks are joined.
-    """
-    found: dict[str, Array] = {}
-    is_prune = lambda node: isinstance(node, PruneState)
-    for node in jax.tree.leaves(state.buffers, is_leaf=is_prune):
-        if is_prune(node):
-            for path, mask in leaves_with_paths(node.masks):
-                found[path] = found[path] & mask if path in found else mask
-    named = [found.get(path, jnp.ones((), bool)) for path, _ in leaves_with_paths(params)]
-    return jax.tree.structure(params).unflatten(named)
-
-
-def sparsity_of(params: Any) -> float:
-    """Share of exact zeros among the floating point leaves with two axes or more (eager).
-
-    A packed tree is unpacked first.
-    """
-    leaves = [w for w in jax.tree.leaves(unpack(params)) if is_float_array(w) and w.ndim >= 2]
-    zeros = sum(int(jnp.sum(w == 0)) for w in leaves)
-    return zeros / max(sum(w.size for w in leaves), 1)

@@ -10,7 +10,7 @@ import optax
 
 from jaxcompress.core.compressor import Compressor, identity, is_absent
 from jaxcompress.distill.logits import kd
-from jaxcompress.prune.magnitude import masks as find_masks
+from jaxcompress.prune.state import masks as find_masks
 from jaxcompress.quantize.activations import ActivationQuantizer
 from jaxcompress.train.state import Trainable, TrainState
 
