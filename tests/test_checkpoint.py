@@ -25,6 +25,7 @@ RECIPES = {
     "int8_full": w(integer(8, narrow=False)),
     "q1.10": w(fixed_point(1, 10)),
     "sparse": jc.prune.magnitude(0.9),
+    "sparser": jc.prune.magnitude(0.97),
     "sparse_int4": jc.chain(jc.prune.magnitude(0.8, scope="global"), w(integer(4), axis=0)),
 }
 
@@ -131,7 +132,7 @@ DAMAGE = {
     ),
     "newer": (
         lambda raw: _rewrite_header(raw, _set("__metadata__", "jaxcompress", value="9")),
-        "scheme version 9, this program reads 2",
+        "scheme version 9, this program reads 2 and 3 with a checksum",
     ),
     "wrong scheme": (
         lambda raw: _rewrite_header(
@@ -140,6 +141,17 @@ DAMAGE = {
         "dense/kernel: its parts do not fit",
     ),
 }
+
+
+def test_files_of_the_version_that_knew_bitmasks_alone_are_read(tmp_path):
+    comp, params = RECIPES["sparse_int4"], small_tree()
+    packed = comp.pack(params, comp.init(params))
+    save(tmp_path / "p", packed)
+    raw = (tmp_path / "p").read_bytes()
+    assert b"|float32|" in raw and b"csr" not in raw and b"groups" not in raw
+    change = _set("__metadata__", "jaxcompress", value="2")
+    (tmp_path / "p").write_bytes(_rewrite_header(raw, change))
+    assert bits_equal(load(tmp_path / "p").params, packed)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

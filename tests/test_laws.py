@@ -19,6 +19,7 @@ from _trees import avals, bits_equal, small_tree
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcompress as jc
+import jaxcompress.prune as P
 from jaxcompress import formats, quantize
 from jaxcompress.formats import fixed_point, granularity_for, integer, predicted_bytes, row_bytes
 
@@ -57,6 +58,10 @@ def _recipe(*, first, scope):
     return jc.chain(prune, quant) if first == "prune" else jc.chain(quant, prune)
 
 
+def _some_scores():
+    return jax.tree.map(lambda w: jnp.sin(w.astype(jnp.float32)), small_tree())
+
+
 REGISTRY = {
     "identity": Case(jc.identity),
     **{f"int{b}": _weights(integer(b)) for b in (1, 2, 4, 8)},
@@ -93,6 +98,31 @@ REGISTRY = {
     "magnitude_global": Case(lambda: jc.prune.magnitude(0.6, scope="global")),
     "magnitude_cubic": Case(lambda: jc.prune.magnitude(jc.prune.cubic(0.2, 0.9, start=1, end=3))),
     "magnitude_all": Case(lambda: jc.prune.magnitude(1.0)),
+    "magnitude_block": Case(
+        lambda: P.magnitude(0.6, structure=P.block((5, 3)), scope="global"),
+    ),
+    "magnitude_channel": Case(
+        lambda: P.magnitude(P.cubic(0.2, 0.9, start=1, end=3), structure=P.channel(-2))
+    ),
+    "magnitude_head": Case(lambda: P.magnitude(0.5, structure=P.head(4))),
+    "magnitude_erk": Case(
+        lambda: P.magnitude(P.cubic(0.2, 0.9, start=1, end=3), scope=P.erk(dense=["conv/.*"]))
+    ),
+    "magnitude_cost_weighted": Case(
+        lambda: P.magnitude(1.0, scope=P.cost_weighted({"dense.*": 2.0, ".*": 1.0}, 400.0))
+    ),
+    "magnitude_one_shot": Case(lambda: P.magnitude(P.one_shot(0.7, at=2))),
+    "2:4": Case(lambda: P.magnitude(1.0, structure=P.n_m(2, 4))),
+    "1:5_ragged": Case(lambda: P.magnitude(0.8, structure=P.n_m(1, 5, axis=-1))),
+    "threshold": Case(lambda: P.threshold(1.2)),
+    "filter_norm": Case(lambda: P.filter_norm(0.5)),
+    "random": Case(
+        lambda: P.random(P.cubic(0.2, 0.9, start=1, end=3), key=jax.random.key(3)),
+    ),
+    "taylor": Case(lambda: P.taylor(P.linear(0.0, 0.7, end=2))),
+    "movement": Case(lambda: P.movement(P.exponential(0.0, 0.7, end=2))),
+    "lamp": Case(lambda: P.lamp(0.6)),
+    "scored": Case(lambda: P.scored(_some_scores(), P.cubic(0.2, 0.9, start=1, end=3))),
     "by_path": Case(
         lambda: jc.by_path(
             {
@@ -159,6 +189,22 @@ def _predicted(case, path, leaf):
     return predicted_bytes(leaf.shape, format, where), format.bits, scales
 
 
+def _positions_bytes(leaf):
+    # The bits of FORMULAS 2.8, from the number of elements and what the storage is called.
+    kind, *numbers = leaf.positions.name.split(":")
+    if kind == "bitmask":
+        return row_bytes(leaf.size, 1)
+    if kind == "rows":
+        rows = math.prod(leaf.shape[: int(numbers[0])])
+        index, pointer = _whole_bytes(leaf.size // rows - 1), _whole_bytes(leaf.nnz)
+        return index * leaf.nnz + pointer * (rows + 1)
+    return row_bytes(leaf.nnz, math.ceil(math.log2(int(numbers[1]))))
+
+
+def _whole_bytes(largest):
+    return 1 if largest < 2**8 else 2 if largest < 2**16 else 4
+
+
 def test_laws_of_values(case, dtype):
     comp, params = case.make(), _tree(dtype)
     state = comp.init(params)
@@ -195,9 +241,11 @@ def test_law_of_bytes(case):
     for (path, leaf), w in zip(leaves, jax.tree.leaves(view), strict=True):
         dense_bytes, bits, scale_bytes = _predicted(case, path, w)
         nnz = int(np.count_nonzero(np.asarray(w)))
-        if isinstance(leaf, jc.Masked):  # one bit per element, and the codes of those kept
-            expected = row_bytes(w.size, 1) + row_bytes(leaf.nnz, bits) + scale_bytes
-            assert nnz <= leaf.nnz and expected < dense_bytes
+        if isinstance(leaf, jc.Masked):  # where the elements kept lie, and their codes
+            places = _positions_bytes(leaf)
+            assert nnz <= leaf.nnz and places <= row_bytes(w.size, 1)
+            expected = places + row_bytes(leaf.nnz, bits) + scale_bytes
+            assert expected < dense_bytes
         else:
             expected = dense_bytes
         assert jc.packed_bytes(leaf) == expected, path  # 9

@@ -8,6 +8,7 @@ from jaxcompress.core.compressor import (
     is_float_array,
     per_leaf,
 )
+from jaxcompress.core.condensed import Condensed, condense, condensed_matmul
 from jaxcompress.core.packed import (
     Grid,
     Masked,
@@ -19,15 +20,24 @@ from jaxcompress.core.packed import (
     unpack,
 )
 from jaxcompress.core.paths import leaves_with_paths, match_rules, near_misses, path_str
+from jaxcompress.core.smallest import smallest_form
+from jaxcompress.core.sparse import Bitmask, Groups, Positions, Rows
 
 __all__ = [
+    "Bitmask",
     "CompressState",
     "Compressor",
+    "Condensed",
     "Grid",
+    "Groups",
     "Masked",
+    "Positions",
     "QTensor",
+    "Rows",
     "by_path",
     "chain",
+    "condense",
+    "condensed_matmul",
     "identity",
     "is_float_array",
     "is_packed",
@@ -40,6 +50,7 @@ __all__ = [
     "partition",
     "path_str",
     "per_leaf",
+    "smallest_form",
     "uncovered_weights",
     "unpack",
 ]

@@ -16,8 +16,19 @@ from jaxcompress.core.compressor import (
     is_absent,
     is_float_array,
 )
-from jaxcompress.core.packed import Masked, QTensor, dense, is_packed, mask_leaf, quantize, unpack
+from jaxcompress.core.packed import (
+    Masked,
+    QTensor,
+    dense,
+    is_packed,
+    kept,
+    mask_leaf,
+    packed_bytes,
+    quantize,
+    unpack,
+)
 from jaxcompress.core.paths import leaves_with_paths, match_rules, refuse_twins
+from jaxcompress.core.sparse import Bitmask
 
 
 def chain(*compressors: Compressor) -> Compressor:
@@ -101,8 +112,21 @@ def _merge(before: Any, view: Any, packed: Any, new: Any) -> Any:
         again = quantize(view, codes.qparams, format=codes.format, granularity=codes.granularity)
         values = again if bool(jnp.all(unpack(again) == view)) else view
     if isinstance(packed, Masked) or isinstance(new, Masked):
-        return mask_leaf((view != 0) | jnp.signbit(view), values)
+        return _smallest_masked(view, values, packed, new)
     return values
+
+
+def _smallest_masked(view: Any, values: Any, *leaves: Any) -> Any:
+    # Zeros of the view need not be stored; but a mask with structure, N:M say, that keeps some of
+    # them may be smaller as it is. One that is stored as a bitmask is not.
+    nonzero = (view != 0) | jnp.signbit(view)
+    smallest = mask_leaf(nonzero, values)
+    for leaf in leaves:
+        if isinstance(leaf, Masked) and not isinstance(leaf.positions, Bitmask):
+            mask = kept(leaf)
+            if not bool(jnp.any(nonzero & ~mask)):
+                smallest = min(smallest, mask_leaf(mask, values), key=packed_bytes)
+    return smallest
 
 
 def partition(

@@ -12,6 +12,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from jaxcompress.core.pytrees import packed_bytes, pytree
+from jaxcompress.core.smallest import for_any_mask, smallest_form
+from jaxcompress.core.sparse import Bitmask, Positions
 from jaxcompress.formats import (
     Format,
     Granularity,
@@ -25,11 +28,7 @@ from jaxcompress.formats import (
 )
 
 
-def _pytree(*, data: tuple[str, ...], static: tuple[str, ...]):
-    return functools.partial(jax.tree_util.register_dataclass, data_fields=data, meta_fields=static)
-
-
-@_pytree(data=("codes", "qparams"), static=("format", "granularity", "shape", "dtype"))
+@pytree(data=("codes", "qparams"), static=("format", "granularity", "shape", "dtype"))
 @dataclass(frozen=True)
 class QTensor:
     """A quantized array: packed codes, and the scales that give them a meaning.
@@ -60,22 +59,31 @@ class QTensor:
         return 8 * packed_bytes(self) / max(self.size, 1)
 
 
-@_pytree(data=("bitmask", "values"), static=("shape", "dtype", "nnz"))
+@pytree(data=("positions", "values"), static=("shape", "dtype", "nnz"))
 @dataclass(frozen=True)
 class Masked:
-    """A sparse array: one bit per element that says whether it is kept, and the kept values.
+    """A sparse array: where its kept elements lie, and their values.
 
     Attributes:
-      bitmask: uint8 [ceil(size / 8)], row-major, lowest bit first.
+      positions: `Bitmask`, `Rows` (CSR) or `Groups` (N:M, constant fan-in).
       values: [nnz] in row-major order, or a `QTensor` that holds the codes of the kept elements.
       shape, dtype: of the array that `unpack` gives.
     """
 
-    bitmask: Array
+    positions: Positions
     values: Any
     shape: tuple[int, ...]
     dtype: str
     nnz: int
+
+    @property
+    def bitmask(self) -> Array:
+        """The mask as one bit per element, uint8 [ceil(size / 8)], however it is stored."""
+        if isinstance(self.positions, Bitmask):
+            return self.positions.bits
+        if isinstance(jax.tree.leaves(self.positions)[0], jax.ShapeDtypeStruct):
+            return jax.eval_shape(_bitmask, self.positions)
+        return _bitmask(self.positions)
 
     @property
     def size(self) -> int:
@@ -89,11 +97,15 @@ class Masked:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per element, zeros counted as elements; bitmask and scales included."""
+        """Stored bits per element, zeros counted as elements; positions and scales included."""
         return 8 * packed_bytes(self) / max(self.size, 1)
 
 
-@_pytree(data=("qparams",), static=("format",))
+def _bitmask(positions: Positions) -> Array:
+    return pack_bits(positions.mask().reshape(-1).astype(jnp.uint8), 1)
+
+
+@pytree(data=("qparams",), static=("format",))
 @dataclass(frozen=True)
 class Grid:
     """Where an activation's grid lies: a format, and its arrays (one scale per tensor)."""
@@ -114,18 +126,6 @@ class Grid:
 def is_packed(x: Any) -> bool:
     """Whether x is a packed leaf; pass it as `is_leaf` to see the leaves of a packed tree."""
     return isinstance(x, QTensor | Masked)
-
-
-def packed_bytes(tree: Any) -> int:
-    """Exact bytes of all arrays of a tree, packed or not; shapes and dtypes suffice.
-
-    Leaves that are no arrays (functions, Python numbers) count nothing.
-
-    >>> packed_bytes({"w": jax.ShapeDtypeStruct((3, 5), jnp.float32)})
-    60
-    """
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in arrays)
 
 
 def quantize(
@@ -199,7 +199,7 @@ def _packed_codes(x, qparams, key, *, format, granularity, rounding):
 
 def kept(leaf: Masked) -> Array:
     """The mask of a `Masked` as bool of its shape."""
-    return unpack_bits(leaf.bitmask, 1, leaf.size).reshape(leaf.shape).astype(bool)
+    return leaf.positions.mask()
 
 
 def _spread(values: Array, mask: Array) -> Array:
@@ -235,7 +235,7 @@ def unpack(tree: Any) -> Any:
 
 
 def dense(leaf: Any) -> Any:
-    """The same leaf without its bitmask: a `QTensor` with all codes, or an array."""
+    """The same leaf with its zeros stored: a `QTensor` with all codes, or an array."""
     if isinstance(leaf, Masked) and isinstance(leaf.values, QTensor):
         values, mask = leaf.values, kept(leaf)
         row = unpack_bits(values.codes, values.format.bits, leaf.nnz)
@@ -251,23 +251,42 @@ def _with_codes(leaf: QTensor, codes: Array) -> QTensor:
     return dataclasses.replace(leaf, codes=pack_bits(rows, leaf.format.bits))
 
 
-def masked_bytes(nnz: int, dense_leaf: Any) -> int:
-    """Exact bytes of a `Masked` of an array or `QTensor` with `nnz` kept elements.
+def masked_bytes(kept: int | np.ndarray | Array, dense_leaf: Any) -> int:
+    """Exact bytes of a `Masked` of an array or `QTensor`, or of their shapes.
+
+    Args:
+      kept: the concrete mask; or the number of kept elements, which gives the bytes for a mask
+        without structure, an upper bound for all masks that keep so many.
+      dense_leaf: what is to be masked.
 
     >>> masked_bytes(10, jax.ShapeDtypeStruct((8, 4), jnp.float32))  # 4 of mask, 40 of values
     44
+    >>> masked_bytes(np.arange(32).reshape(8, 4) % 4 == 0, jax.ShapeDtypeStruct((8, 4), jnp.int8))
+    10
     """
-    mask = row_bytes(math.prod(dense_leaf.shape), 1)
+    if isinstance(kept, int | np.integer):
+        positions = min(packed_bytes(form) for form in for_any_mask(dense_leaf.shape, int(kept)))
+        return positions + _values_bytes(int(kept), dense_leaf)
+    mask = _host_mask(kept, dense_leaf)
+    return packed_bytes(smallest_form(mask)) + _values_bytes(int(mask.sum()), dense_leaf)
+
+
+def _values_bytes(nnz: int, dense_leaf: Any) -> int:
     if isinstance(dense_leaf, QTensor):
-        return mask + row_bytes(nnz, dense_leaf.format.bits) + packed_bytes(dense_leaf.qparams)
-    return mask + nnz * jnp.dtype(dense_leaf.dtype).itemsize
+        return row_bytes(nnz, dense_leaf.format.bits) + packed_bytes(dense_leaf.qparams)
+    return nnz * jnp.dtype(dense_leaf.dtype).itemsize
 
 
-def mask_leaf(mask: Array, leaf: Any) -> Any:
+def _host_mask(mask: Any, leaf: Any) -> np.ndarray:
+    return np.broadcast_to(np.asarray(mask, bool), leaf.shape)
+
+
+def mask_leaf(mask: Array | np.ndarray, leaf: Any) -> Any:
     """Keeps only the elements of an array or dense `QTensor` where `mask` is True.
 
-    Gives a `Masked`, or the leaf itself where that is not larger. The elements left out must be
-    zero already. How many are kept decides the shape, so the mask must be concrete.
+    Gives a `Masked` with the smallest storage of the positions, or the leaf itself where that is
+    not larger. The elements left out must be zero already. How many are kept, and where, decides
+    the form, so the mask must be concrete.
 
     Raises:
       TypeError: the mask is traced (`pack` of a pruned leaf was called under `jit`).
@@ -278,14 +297,18 @@ def mask_leaf(mask: Array, leaf: Any) -> Any:
             "call it outside jit and eval_shape"
         )
     # How many are kept is known on the host alone; there NumPy does not compile for each count.
-    flat = np.broadcast_to(np.asarray(mask), leaf.shape).reshape(-1)
-    nnz = int(flat.sum())
-    if masked_bytes(nnz, leaf) >= packed_bytes(leaf):
+    concrete = _host_mask(mask, leaf)
+    flat, nnz = concrete.reshape(-1), int(concrete.sum())
+    least = _values_bytes(nnz, leaf)
+    if least >= packed_bytes(leaf):
         return leaf
-    bitmask = pack_bits(jnp.asarray(flat, jnp.uint8), 1)
+    form = smallest_form(concrete)
+    if packed_bytes(form) + least >= packed_bytes(leaf):
+        return leaf
     if isinstance(leaf, QTensor):
         codes = jnp.asarray(np.asarray(_codes(leaf)).reshape(-1)[flat])
         values = dataclasses.replace(leaf, codes=pack_bits(codes, leaf.format.bits))
     else:
         values = jnp.asarray(np.asarray(leaf).reshape(-1)[flat])
-    return Masked(bitmask, values, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, nnz)
+    name = jnp.dtype(leaf.dtype).name
+    return Masked(form.pack(concrete), values, tuple(leaf.shape), name, nnz)

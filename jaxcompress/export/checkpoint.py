@@ -2,9 +2,11 @@
 
 A file is a safetensors file. Each leaf `a/b/kernel` is one array of that name, or several:
 `.codes` and the fields of the format's qparams (`.scale`, `.zero_point`, `.exponent`, ...) of a
-`QTensor`, and `.mask`, `.values` or `.codes` of a `Masked`. The metadata say, for each packed leaf,
-`format|axes|group|shape|dtype` (and `|nnz` if masked), e.g. `int4|-1||3x3x16x16|float32`; tiles
-are a group `x128x128`. The metadata key `jaxcompress` is the version of this scheme. The grids of
+`QTensor`, and `.values` or `.codes` and the positions of a `Masked`: `.mask`, a bitmask, or
+`.mask.pointers` and `.mask.indices`, or `.mask.offsets`, see core/sparse.py. The metadata say, for
+each packed leaf, `format|axes|group|shape|dtype` (and `|nnz` if masked, and `|positions` if they
+are no bitmask), e.g. `int4|-1||3x3x16x16|float32|230|csr:3`; tiles are a group `x128x128`. The
+metadata key `jaxcompress` is the version of this scheme. The grids of
 activations lie in `activations.scale` and so on, a field of all grids one after the other; the
 metadata key `activations` lists `name|format|shape` of each, `;` between.
 """
@@ -20,12 +22,13 @@ import numpy as np
 
 from jaxcompress.core.compressor import is_absent
 from jaxcompress.core.files import replacing
-from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, kept, packed_bytes, unpack
+from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, packed_bytes, unpack
 from jaxcompress.core.paths import leaves_with_paths, near_misses, refuse_twins
-from jaxcompress.export import container
+from jaxcompress.export import container, positions
 from jaxcompress.formats import Format, Granularity, parse, shipped
 
-VERSION = "2"
+VERSION = "3"
+_READABLE = ("2", VERSION)  # 2 knew bitmasks alone
 _ROOT = "(array)"  # the name of a tree that is one array
 TAKEN = ("jaxcompress", "crc32", "activations")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -212,7 +215,8 @@ def disassemble(name: str, leaf: Any) -> tuple[dict[str, Any], str]:
         if not inner:
             parts = {f"{name}.values": parts[name]}
             inner = f"|||{_size_text(leaf.shape)}|{leaf.dtype}"
-        return {f"{name}.mask": _host(leaf.bitmask), **parts}, f"{inner}|{leaf.nnz}"
+        places = {part: _host(array) for part, array in positions.parts(name, leaf).items()}
+        return {**places, **parts}, f"{inner}|{positions.scheme(leaf)}"
     if not isinstance(leaf, QTensor):
         if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
@@ -257,10 +261,11 @@ def load(
         that `like` has.
     """
     arrays, metadata = container.read(path)
-    if metadata.get("jaxcompress") != VERSION or "crc32" not in metadata:
+    if metadata.get("jaxcompress") not in _READABLE or "crc32" not in metadata:
         found = metadata.get("jaxcompress", "none")
         raise ValueError(
-            f"{path}: scheme version {found}, this program reads {VERSION} with a checksum"
+            f"{path}: scheme version {found}, this program reads {' and '.join(_READABLE)} "
+            "with a checksum"
         )
     own = {format.name: format for format in formats}
     schemes = {k[5:]: metadata.pop(k) for k in list(metadata) if k.startswith("leaf:")}
@@ -308,8 +313,7 @@ def _assemble(
     else:
         leaf = _take(arrays, f"{name}.values", dtype)
     if rest:
-        mask = _take(arrays, f"{name}.mask", jnp.uint8)
-        leaf = Masked(mask, leaf, shape, dtype, int(rest[0]))
+        leaf = Masked(positions.take(name, shape, rest, arrays), leaf, shape, dtype, int(rest[0]))
     _check(leaf)
     return leaf
 
@@ -322,11 +326,11 @@ def _assemble_codes(name, format, where, shape, dtype, arrays) -> QTensor:
 
 
 def _check(leaf: Any) -> None:
-    # The abstract unpack meets every shape rule; the popcount of the mask must be nnz.
+    # The abstract unpack meets every shape rule.
     if jax.eval_shape(unpack, leaf).shape != leaf.shape:
         raise ValueError(f"the parts do not have the shape {leaf.shape}")
-    if isinstance(leaf, Masked) and int(jnp.sum(kept(leaf))) != leaf.nnz:
-        raise ValueError(f"the mask does not keep {leaf.nnz} elements")
+    if isinstance(leaf, Masked):
+        positions.check(leaf)
 
 
 def _nest(path: Any, leaves: dict[str, Any]) -> Any:

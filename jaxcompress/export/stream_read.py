@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.compressor import is_absent
-from jaxcompress.export import container
+from jaxcompress.export import container, positions
 from jaxcompress.formats import parse, shipped
 
 _CHUNK_BYTES = 2**24  # of a tensor that is copied
@@ -147,7 +147,7 @@ class Leaf(NamedTuple):
     format: str  # of its codes; the dtype where it is not quantized
     shape: tuple[int, ...]
     dtype: str  # of the array that `unpack` gives
-    stored_bytes: int  # codes, scales and mask
+    stored_bytes: int  # codes, scales and positions
     sparse: bool
 
     @property
@@ -179,11 +179,14 @@ def inspect(path: str | os.PathLike) -> list[Leaf]:
 
 
 def _packed_leaf(name: str, scheme: str, sizes: dict[str, int]) -> Leaf:
-    format, _, _, shape, dtype, *nnz = scheme.split("|")
+    format, _, _, shape, dtype, *rest = scheme.split("|")
     numbers = tuple(int(n) for n in shape.split("x")) if shape else ()
     parts = ["codes", *_field_names(format)] if format else ["values"]
-    stored = [sizes.pop(f"{name}.{part}") for part in (["mask", *parts] if nnz else parts)]
-    return Leaf(name, format or dtype, numbers, dtype, sum(stored), bool(nnz))
+    names = [f"{name}.{part}" for part in parts]
+    if rest:
+        names += positions.part_names(name, numbers, rest)
+    stored = [sizes.pop(part) for part in names]
+    return Leaf(name, format or dtype, numbers, dtype, sum(stored), bool(rest))
 
 
 @functools.lru_cache

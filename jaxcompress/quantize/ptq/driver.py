@@ -1,18 +1,19 @@
 """Runs a solver over the layers of a network: inputs of the float or of the quantized one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
-import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState
-from jaxcompress.graph.capture import Moments, capture, stream
+from jaxcompress.graph.capture import Moments
+from jaxcompress.graph.layerwise import Progress, matrices, solve_layers
 from jaxcompress.graph.matrices import Layer
-from jaxcompress.quantize.ptq.spec import Plan, Rules, Spec, leaf, plan, replaced
+from jaxcompress.quantize.ptq.spec import Rules, Spec, plan
+
+__all__ = ["Found", "Inputs", "Progress", "Solve", "drive", "matrices"]
 
 Inputs = Literal["float", "quantized"]
-Progress = Callable[[Iterable], Iterable]
 
 
 class Found(NamedTuple):
@@ -53,46 +54,23 @@ def drive(
         raise ValueError(f"inputs must be 'float' or 'quantized', got {inputs!r}")
     planned = plan(apply_fn, params, data, spec)
     state = planned.recipe.init(params)
-    current = params
-    if inputs == "float":
-        seen = _of_float(apply_fn, params, planned, grids=grids, one=layer_at_a_time)
-    else:
-        seen = ((layer, None) for layer in planned.layers)
-    for layer, moments in progress(_Sized(seen, len(planned.layers))):
-        if moments is None:
-            now = capture(apply_fn, current, planned.batches, layers=[layer], grids=grids)
-            moments = now[layer.tap.name]
+
+    def solve_layer(layer: Layer, leaf: Array, moments: Moments) -> Array:
+        nonlocal state
         qparams = planned.qparams(state, layer.path)
-        found = solve(layer, leaf(current, layer.path), qparams, moments, planned.spec[layer.path])
+        found = solve(layer, leaf, qparams, moments, planned.spec[layer.path])
         state = planned.with_qparams(state, {layer.path: found.qparams})
-        current = replaced(current, {layer.path: found.leaf})
-    return planned.recipe.apply(current, state), state
+        return found.leaf
 
-
-class _Sized:
-    """An iterator with a length, for progress bars."""
-
-    def __init__(self, items: Iterator, length: int):
-        self.items, self.length = items, length
-
-    def __iter__(self) -> Iterator:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return self.length
-
-
-def _of_float(
-    apply_fn: Callable[..., Any], params: Any, planned: Plan, *, grids: Any, one: bool
-) -> Iterator[tuple[Layer, Moments]]:
-    if one:
-        yield from stream(apply_fn, params, planned.batches, layers=planned.layers, grids=grids)
-        return
-    found = capture(apply_fn, params, planned.batches, layers=planned.layers, grids=grids)
-    for layer in planned.layers:
-        yield layer, found.pop(layer.tap.name)
-
-
-def matrices(layer: Layer, leaf: Array) -> Array:
-    """The weights of a layer, float32 [S, G, K, N]."""
-    return layer.take(leaf).astype(jnp.float32)
+    solved = solve_layers(
+        solve_layer,
+        apply_fn,
+        params,
+        planned.batches,
+        layers=[(layer,) for layer in planned.layers],
+        prefix=inputs == "quantized",
+        grids=grids,
+        layer_at_a_time=layer_at_a_time,
+        progress=progress,
+    )
+    return planned.recipe.apply(solved, state), state

@@ -4,7 +4,6 @@ Frantar et al. 2023, GPTQ, arXiv 2210.17323; the arithmetic is in `sweep`.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,15 +13,14 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState
-from jaxcompress.formats.elementwise import elementwise
 from jaxcompress.graph.capture import Moments
+from jaxcompress.graph.layerwise import grid_of
 from jaxcompress.graph.matrices import Layer
 from jaxcompress.quantize.ptq.driver import Found, Inputs, Progress, drive, matrices
 from jaxcompress.quantize.ptq.spec import Rules, Spec
-from jaxcompress.quantize.ptq.sweep import Finder, Rounded, solve
+from jaxcompress.quantize.ptq.sweep import Finder, Rounded, solve, with_damping
 
 _BLOCK = 32
-_ATTEMPTS = 4
 
 
 def gptq(
@@ -89,18 +87,11 @@ def gptq(
     def solve_layer(layer: Layer, leaf: Array, qparams: Any, moments: Moments, spec: Spec) -> Found:
         mask = None if masks is None else masks.get(layer.path)
         problem = Problem(layer, leaf, qparams, spec)
-        for attempt in range(_ATTEMPTS):
-            damp = damping * 10**attempt
-            how = {"mask": mask, "act_order": act_order, "sweeps": sweeps, "groups": groups}
-            result, blocks = problem.solved(moments, damp, **how)
-            if bool(jnp.all(jnp.isfinite(result.weights))):
-                return Found(layer.put(leaf, result.weights), problem.placed(result, blocks))
-            warnings.warn(
-                f"{layer.tap.name}: X^T X is not positive definite with damping {damp:.3g}; "
-                "trying ten times as much",
-                stacklevel=2,
-            )
-        raise ValueError(f"{layer.tap.name}: X^T X has no Cholesky factor at any damping")
+        blocks = problem.blocks() if groups == "current" else None
+        how = {"act_order": act_order, "sweeps": sweeps}
+        run = lambda damp: problem.solved(moments, damp, mask=mask, blocks=blocks, **how)
+        result = with_damping(run, damping, name=layer.tap.name)
+        return Found(layer.put(leaf, result.weights), problem.placed(result, blocks))
 
     return drive(
         solve_layer,
@@ -156,26 +147,23 @@ class Problem(NamedTuple):
 
     def grid(self) -> tuple[Any, Any]:
         """A format and its arrays for the matrices, element by element [S, G, K, N]."""
-        shape, where = self.leaf.shape, self.spec.where
-        format, opened = elementwise(self.spec.format, self.qparams, where=where, shape=shape)
-        size = math.prod(shape)
-        pick = lambda p: p.reshape(size, *p.shape[len(shape) :])[self.layer.index]
-        return format, jax.tree.map(pick, opened)
+        how = {"where": self.spec.where, "shape": self.leaf.shape}
+        return grid_of(self.layer, self.spec.format, self.qparams, **how)
 
     def solved(
-        self, moments: Moments, damping: float, *, mask: Array | None, groups: str, **how: Any
-    ) -> tuple[Rounded, Blocks | None]:
-        """The rounded matrices, and the blocks whose scales were found on the way."""
+        self, moments: Moments, damp: Array, *, mask: Array | None, blocks: Blocks | None, **how
+    ) -> Rounded:
+        """The rounded matrices, with the scales of `blocks` found on the way."""
         w = matrices(self.layer, self.leaf)
         format, grid = self.grid()
         keep = jnp.ones((), bool) if mask is None else self.layer.take(mask)
         keep = jnp.broadcast_to(keep.reshape(keep.shape or (1,) * 4), w.shape)
-        blocks, find = self.blocks() if groups == "current" else None, None
+        find, size = None, min(_BLOCK, w.shape[2])
         if blocks is not None:
             find = Finder(self.spec.format, self.spec.calibrate, self.leaf.dtype.name)
-        size = min(_BLOCK, w.shape[2]) if blocks is None else blocks.size
-        args = (w, moments.hessian, keep, grid, jnp.float32(damping), jnp.asarray(self.order))
-        return solve(*args, format=format, block=size, find=find, **how), blocks
+            size = blocks.size
+        args = (w, moments.hessian, keep, grid, damp, jnp.asarray(self.order))
+        return solve(*args, format=format, block=size, find=find, **how)
 
     def placed(self, result: Rounded, blocks: Blocks | None) -> Any:
         """The format's arrays with the scales that were found on the way."""

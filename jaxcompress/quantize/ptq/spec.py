@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-from jax import Array
-
 from jaxcompress.core.combine import by_path
 from jaxcompress.core.compressor import Compressor, CompressState, identity, is_absent
-from jaxcompress.core.paths import leaves_with_paths, match_rules
 from jaxcompress.formats import Format, Granularity, check_format, granularity_for
 from jaxcompress.graph.capture import Batches, check_batches
+from jaxcompress.graph.layerwise import leaf, match_layers, replaced
 from jaxcompress.graph.matrices import Layer, layers
 from jaxcompress.quantize.calibrate import Calibrator, check_calibrator
 from jaxcompress.quantize.weights import weights
+
+__all__ = ["Plan", "Rules", "Spec", "check_rules", "leaf", "plan", "recipe", "replaced"]
 
 
 @dataclass(frozen=True)
@@ -137,31 +136,11 @@ def plan(
     """
     check_rules(spec)
     batches = check_batches(data)
-    matched = match_rules(spec, [path for path, _ in leaves_with_paths(params)])
-    rules = {path: rule for path, rule in matched.items() if rule is not None}
-    found = layers(apply_fn, params, *batches[0])
-    chosen = tuple(layer for layer in found.layers if layer.path in rules)
-    if not chosen:
-        names = [layer.path for layer in found.layers] or sorted(found.refused)
-        raise ValueError(f"spec: its rules take the weight of no layer; layers: {names}")
-    left = sorted(set(rules) - {layer.path for layer in chosen})
-    refused = [f"{name}: {why}" for name, why in found.refused.items()]
-    if left:
+    matched = match_layers(layers(apply_fn, params, *batches[0]), params, spec)
+    if matched.left:
         warnings.warn(
-            f"rounded only, since no contraction takes them as they are: {', '.join(left)}"
-            + (f" ({'; '.join(refused)})" if refused else ""),
+            f"rounded only, since no contraction takes them as they are: {matched.left}",
             stacklevel=3,
         )
-    specs = {path: spec[rule] for path, rule in rules.items()}
-    return Plan(recipe(spec), chosen, rules, specs, batches)
-
-
-def leaf(params: Any, path: str) -> Array:
-    """The leaf at a path."""
-    return next(leaf for name, leaf in leaves_with_paths(params) if name == path)
-
-
-def replaced(params: Any, leaves: Mapping[str, Any]) -> Any:
-    """The tree with other leaves at some paths."""
-    flat = [leaves.get(path, old) for path, old in leaves_with_paths(params)]
-    return jax.tree.structure(params).unflatten(flat)
+    specs = {path: spec[rule] for path, rule in matched.rules.items()}
+    return Plan(recipe(spec), matched.layers, matched.rules, specs, batches)

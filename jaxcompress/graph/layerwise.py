@@ -1,0 +1,176 @@
+"""One layer after the other: what enters it is captured, its weight is replaced, on to the next.
+
+Methods that look at one layer at a time (GPTQ, AdaRound, Wanda, SparseGPT) differ in how they solve
+a layer; which layers there are, what enters them and in which order is the same.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxcompress.core.paths import leaves_with_paths, match_rules
+from jaxcompress.formats import Format, Granularity
+from jaxcompress.formats.elementwise import elementwise
+from jaxcompress.graph.capture import Batches, Moments, capture, stream
+from jaxcompress.graph.matrices import Layer, Layers
+
+Progress = Callable[[Iterable], Iterable]
+
+
+class Matched(NamedTuple):
+    """The layers of a network that rules take.
+
+    Attributes:
+      layers: those whose leaf a rule takes, in order of execution.
+      rules: path of a leaf -> its rule, of layers and of other leaves.
+      left: "paths (reasons)" of the leaves that a rule takes and no layer uses as they are; or "".
+    """
+
+    layers: tuple[Layer, ...]
+    rules: dict[str, str]
+    left: str
+
+
+def match_layers(
+    found: Layers, params: Any, rules: Mapping[str, Any], *, name: str = "spec"
+) -> Matched:
+    """Matches rules, regular expressions on whole paths, with the layers of a network.
+
+    Args:
+      found: what `graph.matrices.layers` found in the network.
+      params: its parameters.
+      rules: regex -> anything; the first match wins.
+      name: what the rules are called in a message.
+
+    Raises:
+      ValueError: a rule that matches nothing; no layer that a rule takes.
+    """
+    matched = match_rules(rules, [path for path, _ in leaves_with_paths(params)])
+    taken = {path: rule for path, rule in matched.items() if rule is not None}
+    chosen = tuple(layer for layer in found.layers if layer.path in taken)
+    if not chosen:
+        names = [layer.path for layer in found.layers] or sorted(found.refused)
+        raise ValueError(f"{name}: its rules take the weight of no layer; layers: {names}")
+    left = ", ".join(sorted(set(taken) - {layer.path for layer in chosen}))
+    refused = "; ".join(f"{site}: {why}" for site, why in found.refused.items())
+    return Matched(chosen, taken, left + (f" ({refused})" if left and refused else ""))
+
+
+class Solve(Protocol):
+    """(layer, leaf, moments) -> the new leaf."""
+
+    def __call__(self, layer: Layer, leaf: Array, moments: Moments, /) -> Any: ...
+
+
+def solve_layers(
+    solve: Solve,
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Batches,
+    *,
+    layers: Sequence[tuple[Layer, ...]],
+    prefix: bool,
+    gram: bool = True,
+    grids: Mapping[str, Any] | None = None,
+    layer_at_a_time: bool = False,
+    progress: Progress = iter,
+) -> Any:
+    """The params with the leaf of every layer replaced, in order.
+
+    Args:
+      solve: what is done with a layer.
+      apply_fn, params, batches: the network and the data.
+      layers: each with those that use the same weights in the same way: their inputs count
+        together.
+      prefix: whether what enters a layer comes from the network with the layers before it replaced
+        already; else from the network as it is.
+      gram, grids: as in `capture`.
+      layer_at_a_time: hold one X^T X at a time, at the price of a pass for each layer.
+      progress: wraps the layers, for a progress bar.
+    """
+    current = params
+    one_by_one = list(itertools.chain(*layers))
+    what: dict[str, Any] = {"gram": gram, "grids": grids}
+
+    def of_prefix() -> Iterator[Moments]:
+        for layer in one_by_one:
+            found = capture(apply_fn, current, batches, layers=[layer], **what)
+            yield found[layer.tap.name]
+
+    def of_given() -> Iterator[Moments]:
+        if layer_at_a_time:
+            for _, moments in stream(apply_fn, params, batches, layers=one_by_one, **what):
+                yield moments
+        else:
+            found = capture(apply_fn, params, batches, layers=one_by_one, **what)
+            yield from (found.pop(layer.tap.name) for layer in one_by_one)
+
+    seen = of_prefix() if prefix else of_given()
+    for uses in progress(_Sized(layers)):
+        moments = merged([next(seen) for _ in uses])
+        layer = uses[0]
+        new = solve(layer, leaf(current, layer.path), moments)
+        current = replaced(current, {layer.path: new})
+    return current
+
+
+class _Sized:
+    """The layers, one by one, with their number, for progress bars."""
+
+    def __init__(self, layers: Sequence[tuple[Layer, ...]]):
+        self._layers = layers
+
+    def __iter__(self) -> Iterator:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def merged(parts: Sequence[Moments]) -> Moments:
+    """The moments of all rows together."""
+    if len(parts) == 1:
+        return parts[0]
+    sums = jax.tree.map(lambda first, *rest: sum(rest, start=first), *parts)
+    # around the mean of all: n (mean_part - mean)^2 more
+    apart = [part.count[:, None, None] * (part.mean - sums.mean) ** 2 for part in parts]
+    largest = jnp.max(jnp.stack([part.largest for part in parts]), axis=0)
+    return sums._replace(largest=largest, scatter=sum(apart, start=sums.scatter))
+
+
+def matrices(layer: Layer, leaf: Array) -> Array:
+    """The weights of a layer, float32 [S, G, K, N]."""
+    return layer.take(leaf).astype(jnp.float32)
+
+
+def grid_of(
+    layer: Layer, format: Format, qparams: Any, *, where: Granularity, shape: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """A format and its arrays for the matrices of a layer, element by element [S, G, K, N].
+
+    Args:
+      layer: the layer.
+      format, qparams: those of its leaf.
+      where: which elements of the leaf share a scale.
+      shape: of the leaf.
+    """
+    format, opened = elementwise(format, qparams, where=where, shape=shape)
+    size = math.prod(shape)
+    pick = lambda p: p.reshape(size, *p.shape[len(shape) :])[layer.index]
+    return format, jax.tree.map(pick, opened)
+
+
+def leaf(params: Any, path: str) -> Array:
+    """The leaf at a path."""
+    return next(leaf for name, leaf in leaves_with_paths(params) if name == path)
+
+
+def replaced(params: Any, leaves: Mapping[str, Any]) -> Any:
+    """The tree with other leaves at some paths."""
+    flat = [leaves.get(path, old) for path, old in leaves_with_paths(params)]
+    return jax.tree.structure(params).unflatten(flat)

@@ -1,0 +1,241 @@
+"""What Wanda and SparseGPT share: shares of zeros by path, layers, and the masks they give.
+
+A layer is a product of rows of inputs with matrices [K, N] (`graph.matrices`): K inputs, for
+convolutions taps times input channels with the channels last, and N outputs. So the "rows" of the
+papers' weights are columns here. "Consecutive" inputs are consecutive in K.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxcompress.core.compressor import CompressState, at_path, holds, is_float_array
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.select import keep_count, top_k_mask
+from jaxcompress.graph.capture import Batches, Moments, check_batches
+from jaxcompress.graph.layerwise import Progress, match_layers, solve_layers
+from jaxcompress.graph.matrices import Layer, layers
+from jaxcompress.prune.state import PruneState, apply_masks, is_dense
+
+Inputs = Literal["dense", "pruned"]
+Share = float | tuple[int, int]  # of zeros; or (n, m): n of m consecutive inputs stay
+Rules = Share | Mapping[str, Share]
+
+
+class Targets(NamedTuple):
+    """What is pruned, and with which data.
+
+    Attributes:
+      layers: in order of execution, each with the later ones that use its weights the same way.
+      shares: path of a leaf -> its `Share`; leaves that are only quantized have none.
+      batches: the data, a list.
+    """
+
+    layers: list[tuple[Layer, ...]]
+    shares: dict[str, Share]
+    batches: Batches
+
+
+def targets(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    data: Iterable[tuple[Any, ...]],
+    sparsity: Rules,
+    *,
+    quantize: Mapping[str, Any] | None = None,
+) -> Targets:
+    """Matches shares of zeros (and formats) with the layers of a network.
+
+    Warns of leaves that a rule takes and that stay dense, and of uses of a weight that has been
+    pruned for an earlier layer.
+
+    Raises:
+      ValueError: no data; a rule that matches nothing, or no layer; a share out of range; NaN or
+        Inf in a weight.
+      TypeError: a share is none; a batch is no tuple.
+    """
+    given = isinstance(sparsity, Mapping)
+    rules = sparsity if isinstance(sparsity, Mapping) else {".*": sparsity}
+    shares = {rule: _checked_share(rule if given else "", share) for rule, share in rules.items()}
+    batches = check_batches(data)
+    found = layers(apply_fn, params, *batches[0])
+    matched = match_layers(found, params, rules, name="sparsity")
+    if given and matched.left:
+        _warn(f"left dense, since no contraction takes them as they are: {matched.left}")
+    taken = {layer.path: shares[matched.rules[layer.path]] for layer in matched.layers}
+    also: set[str] = set()
+    if quantize:
+        stored = match_layers(found, params, quantize, name="quantize")
+        also = {layer.path for layer in stored.layers}
+        if stored.left:
+            _warn(f"rounded only, since no contraction takes them as they are: {stored.left}")
+    flat = dict(leaves_with_paths(params))
+    full = {path for path in {*taken, *also} if is_float_array(flat[path]) and flat[path].size}
+    for path in sorted(full):
+        with at_path(path):
+            if not holds(jnp.isfinite, flat[path]):
+                raise ValueError("a weight to prune must not be NaN or Inf")
+    groups, skipped = _pooled([layer for layer in found.layers if layer.path in full])
+    if skipped:
+        _warn(f"not looked at, since their weights are pruned for an earlier layer: {skipped}")
+    return Targets(groups, {path: taken[path] for path in taken if path in full}, batches)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _checked_share(rule: str, share: Any) -> Share:
+    where = f"sparsity of {rule!r}" if rule else "sparsity"
+    if isinstance(share, tuple | list) and len(share) == 2:
+        n, m = share
+        if not all(isinstance(k, int | np.integer) for k in share) or not 0 < n <= m:
+            raise ValueError(f"{where}: (n, m) needs whole numbers 0 < n <= m, got {share}")
+        return int(n), int(m)
+    if isinstance(share, bool) or not isinstance(share, int | float | np.number):
+        raise TypeError(
+            f"{where} must be a share of zeros in [0, 1], or (n, m) to keep n of m consecutive "
+            f"inputs, got {share!r}"
+        )
+    if not 0 <= share <= 1:
+        raise ValueError(f"{where} must be a share of zeros in [0, 1], got {share}")
+    return float(share)
+
+
+def _pooled(layers: list[Layer]) -> tuple[list[tuple[Layer, ...]], str]:
+    # Layers of the same matrices together; names of those that share only some weights.
+    groups: list[list[Layer]] = []
+    skipped = []
+    for layer in layers:
+        others = [group for group in groups if group[0].path == layer.path]
+        same = [group for group in others if np.array_equal(group[0].index, layer.index)]
+        if same:
+            same[0].append(layer)
+        elif any(np.isin(layer.index, group[0].index).any() for group in others):
+            skipped.append(layer.tap.name)
+        else:
+            groups.append([layer])
+    return [tuple(group) for group in groups], ", ".join(skipped)
+
+
+class Pruned(NamedTuple):
+    """What a solver gives for a layer."""
+
+    weights: Array  # [S, G, K, N]
+    keep: Array  # bool [S, G, K, N]
+
+
+class Solve(Protocol):
+    """(layer, leaf, moments, share, keep) -> Pruned; `keep` bool [S, G, K, N]: may stay."""
+
+    def __call__(
+        self, layer: Layer, leaf: Array, moments: Moments, share: Share, keep: Array, /
+    ) -> Pruned: ...
+
+
+def prune_layers(
+    solve: Solve,
+    apply_fn: Callable[..., Any],
+    params: Any,
+    planned: Targets,
+    *,
+    masks: Any,
+    inputs: Inputs,
+    gram: bool,
+    grids: Mapping[str, Any] | None,
+    layer_at_a_time: bool,
+    progress: Progress,
+) -> tuple[Any, Any]:
+    """Solves every layer in order; the params with exact zeros, and the masks.
+
+    Args as in `sparse_gpt`; `gram`: whether the solver looks at X^T X.
+    """
+    if inputs not in ("dense", "pruned"):
+        raise ValueError(f"inputs must be 'dense' or 'pruned', got {inputs!r}")
+    kept = _opened(params, masks, planned.shares)
+
+    def solve_layer(layer: Layer, leaf: Array, moments: Moments) -> Array:
+        allowed = layer.take(jnp.broadcast_to(kept[layer.path], leaf.shape))
+        share = planned.shares.get(layer.path, 0.0)
+        found = solve(layer, leaf, moments, share, allowed)
+        if not is_dense(leaf, kept[layer.path]):
+            kept[layer.path] = layer.put(kept[layer.path], found.keep)
+        return layer.put(leaf, found.weights)
+
+    solved = solve_layers(
+        solve_layer,
+        apply_fn,
+        params,
+        planned.batches,
+        layers=planned.layers,
+        prefix=inputs == "pruned",
+        gram=gram,
+        grids=grids,
+        layer_at_a_time=layer_at_a_time,
+        progress=progress,
+    )
+    found = jax.tree.structure(params).unflatten(kept.values())
+    return apply_masks(solved, found), found
+
+
+def _opened(params: Any, masks: Any, shares: Mapping[str, Share]) -> dict[str, Array]:
+    # The masks by path, those of what is pruned of the leaf's shape.
+    if masks is None:
+        masks = jax.tree.map(lambda w: jnp.ones((), bool), params)
+    if jax.tree.structure(masks) != jax.tree.structure(params):
+        raise ValueError("masks must have the structure of params, as prune.masks(state, params)")
+    pairs = zip(leaves_with_paths(params), jax.tree.leaves(masks), strict=True)
+    opened = {}
+    for (path, w), mask in pairs:
+        mask = jnp.asarray(mask)
+        with at_path(path):
+            if mask.dtype != bool or mask.shape not in ((), jnp.shape(w)):
+                raise ValueError(
+                    f"a mask must be bool of shape () or {jnp.shape(w)}, "
+                    f"got {mask.dtype} {mask.shape}"
+                )
+        opened[path] = jnp.broadcast_to(mask, w.shape) if path in shares else mask
+    return opened
+
+
+def state_of(masks: Any) -> CompressState:
+    """The state of a compressor that hides what these masks hide."""
+    return CompressState(buffers=PruneState(masks, jnp.zeros((), jnp.int32)))
+
+
+def quota_in_lines(share: Share, size: int) -> tuple[int, np.ndarray]:
+    """(inputs compared with each other, int32 [spans] how many of them stay) for each output.
+
+    >>> quota_in_lines(0.5, 6), quota_in_lines((2, 4), 6)
+    ((6, array([3], dtype=int32)), (4, array([2, 1], dtype=int32)))
+    """
+    if isinstance(share, tuple):
+        n, m = share
+        # The last span may be shorter: r inputs, of which ceil(n r / m) stay.
+        lengths = [min(m, size - start) for start in range(0, size, m)]
+        return m, np.array([math.ceil(n * r / m) for r in lengths], np.int32)
+    return size, np.array([keep_count(size, share)], np.int32)
+
+
+def top_of_spans(scores: Array, keep: Array, quota: Array, *, span: int) -> Array:
+    """The mask of the largest scores of every `span` inputs of every output.
+
+    Args:
+      scores: [..., K, N].
+      keep: bool, as scores: which may stay.
+      quota: int32 [spans]: how many stay.
+      span: inputs that are compared; the last span may be shorter.
+    """
+    *lead, size, n = scores.shape
+    scores = jnp.moveaxis(jnp.where(keep, scores, -jnp.inf), -1, -2)  # [..., N, K]
+    extra = [(0, 0)] * (scores.ndim - 1) + [(0, len(quota) * span - size)]
+    rows = jnp.pad(scores, extra, constant_values=-jnp.inf).reshape(-1, span)
+    quotas = jnp.broadcast_to(quota, (math.prod(lead) * n, len(quota))).reshape(-1)
+    mask = jax.vmap(top_k_mask)(rows, quotas).reshape(*lead, n, -1)[..., :size]
+    return jnp.moveaxis(mask, -1, -2) & keep
