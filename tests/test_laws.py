@@ -123,6 +123,23 @@ REGISTRY = {
     "movement": Case(lambda: P.movement(P.exponential(0.0, 0.7, end=2))),
     "lamp": Case(lambda: P.lamp(0.6)),
     "scored": Case(lambda: P.scored(_some_scores(), P.cubic(0.2, 0.9, start=1, end=3))),
+    "static_sparse": Case(lambda: P.static_sparse(0.7, key=jax.random.key(0))),
+    "sparse_evolutionary": Case(lambda: P.sparse_evolutionary(0.7, key=jax.random.key(0), every=2)),
+    "rigl": Case(lambda: P.rigl(0.7, key=jax.random.key(0), end=9, every=2)),
+    "snfs": Case(lambda: P.snfs(0.7, key=jax.random.key(0), end=9, every=2)),
+    "ac_dc": Case(lambda: P.ac_dc(0.7, start=1, sparse=1, dense=1, end=9)),
+    "ste": Case(lambda: P.ste(P.cubic(0.2, 0.9, start=1, end=3))),
+    "sr_ste": Case(lambda: P.sr_ste(2, 4)),
+    "top_kast": Case(lambda: P.top_kast(0.8, 0.5)),
+    "soft_threshold": Case(
+        lambda: P.soft_threshold(initial=-1.0),
+        breaks={7: "the threshold is taken off what stays, so it is taken off again"},
+    ),
+    "l0": Case(
+        lambda: P.l0(open_rate=0.4),
+        breaks={7: "gates between 0 and 1 multiply what they multiplied before"},
+    ),
+    "soft_movement": Case(lambda: P.soft_movement(axis=-1, initial=-3.0)),
     "by_path": Case(
         lambda: jc.by_path(
             {

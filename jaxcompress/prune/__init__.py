@@ -1,9 +1,12 @@
-"""Pruning: criteria, scopes, structures, schedules, masks."""
+"""Pruning: criteria, scopes, structures, schedules, dynamic sparse training, masks."""
 
 from jaxcompress.prune import entropy
 from jaxcompress.prune.activity import apoz, binary_entropy, hrank, map_ranks, on_off_entropy
+from jaxcompress.prune.at_init import grasp, snip, synflow
+from jaxcompress.prune.backward import backward_masks, sr_ste, ste, top_kast, top_kast_penalty
 from jaxcompress.prune.cost_scope import cost_weighted
 from jaxcompress.prune.criteria import filter_norm, movement, quantile, random, taylor, threshold
+from jaxcompress.prune.dynamic import rigl, snfs, sparse_evolutionary, static_sparse
 from jaxcompress.prune.entropy import activation_entropy
 from jaxcompress.prune.filters import (
     afie,
@@ -13,11 +16,30 @@ from jaxcompress.prune.filters import (
     slimming_masks,
     slimming_penalty,
 )
+from jaxcompress.prune.fisher import Surgery, fisher_diagonal, obd, obs
 from jaxcompress.prune.given import fixed, masks_of_scores, scored
 from jaxcompress.prune.lamp import lamp, lamp_scores
 from jaxcompress.prune.magnitude import magnitude
+from jaxcompress.prune.moments import reset_moments
 from jaxcompress.prune.n_m import n_m
-from jaxcompress.prune.optimizer import mask_gradients, masked_optimizer, project
+from jaxcompress.prune.optimizer import (
+    dynamic_optimizer,
+    hold,
+    mask_gradients,
+    masked_optimizer,
+    pausing_optimizer,
+    project,
+)
+from jaxcompress.prune.phases import ac_dc, alternating
+from jaxcompress.prune.proximal import prox_group_lasso, prox_l1, proximal
+from jaxcompress.prune.rewind import (
+    Round,
+    iterative,
+    iterative_magnitude,
+    nested_magnitude_masks,
+    rewind_schedule,
+    rewind_weights,
+)
 from jaxcompress.prune.schedules import (
     SparsitySchedule,
     constant,
@@ -28,37 +50,55 @@ from jaxcompress.prune.schedules import (
 )
 from jaxcompress.prune.scope import Scope, Units, erk
 from jaxcompress.prune.score import Criterion, by_score
+from jaxcompress.prune.soft import l0, l0_penalty, soft_threshold, without_noise
+from jaxcompress.prune.soft_movement import soft_movement, soft_movement_penalty
 from jaxcompress.prune.sparse_gpt import sparse_gpt
 from jaxcompress.prune.state import PruneState, masks, sparsity_of
 from jaxcompress.prune.structure import Structure, block, channel, head, unstructured
 from jaxcompress.prune.wanda import wanda
+from jaxcompress.prune.woodfisher import WoodFisher, compensate, woodfisher
 
 __all__ = [
     "Criterion",
     "PruneState",
+    "Round",
     "Scope",
     "SparsitySchedule",
     "Structure",
+    "Surgery",
     "Units",
+    "WoodFisher",
+    "ac_dc",
     "activation_entropy",
     "afie",
+    "alternating",
     "apoz",
+    "backward_masks",
     "binary_entropy",
     "block",
     "by_score",
     "channel",
+    "compensate",
     "constant",
     "cost_weighted",
     "cubic",
+    "dynamic_optimizer",
     "entropy",
     "erk",
     "exponential",
     "filter_norm",
     "filter_norms",
+    "fisher_diagonal",
     "fixed",
     "fpgm",
+    "grasp",
     "head",
+    "hold",
     "hrank",
+    "iterative",
+    "iterative_magnitude",
+    "l0",
+    "l0_penalty",
     "lamp",
     "lamp_scores",
     "linear",
@@ -70,19 +110,44 @@ __all__ = [
     "masks_of_scores",
     "movement",
     "n_m",
+    "nested_magnitude_masks",
+    "obd",
+    "obs",
     "on_off_entropy",
     "one_shot",
+    "pausing_optimizer",
     "project",
+    "prox_group_lasso",
+    "prox_l1",
+    "proximal",
     "quantile",
     "random",
+    "reset_moments",
+    "rewind_schedule",
+    "rewind_weights",
+    "rigl",
     "scored",
     "slimming",
     "slimming_masks",
     "slimming_penalty",
+    "snfs",
+    "snip",
+    "soft_movement",
+    "soft_movement_penalty",
+    "soft_threshold",
+    "sparse_evolutionary",
     "sparse_gpt",
     "sparsity_of",
+    "sr_ste",
+    "static_sparse",
+    "ste",
+    "synflow",
     "taylor",
     "threshold",
+    "top_kast",
+    "top_kast_penalty",
     "unstructured",
     "wanda",
+    "without_noise",
+    "woodfisher",
 ]

@@ -13,14 +13,13 @@ from jax import Array
 
 from jaxcompress.core.compressor import Compressor
 from jaxcompress.core.select import top_k_mask
-from jaxcompress.formats import straight_through
+from jaxcompress.prune.backward import hide_through
 from jaxcompress.prune.filters import filter_norms
 from jaxcompress.prune.magnitude import absolute, magnitude
 from jaxcompress.prune.schedules import Constant
 from jaxcompress.prune.scope import Scope, Units
 from jaxcompress.prune.score import Criterion, by_score
 from jaxcompress.prune.score_trees import widened
-from jaxcompress.prune.state import hide
 from jaxcompress.prune.structure import UNSTRUCTURED, Structure, channel
 
 
@@ -255,12 +254,5 @@ def movement(
         # S <- S - w dL/dw'
         return stats - w.astype(stats.dtype) * grad.astype(stats.dtype)
 
-    criterion = Criterion(_gathered, init=_zeros, accumulate=accumulate, view=_hide_straight)
+    criterion = Criterion(_gathered, init=_zeros, accumulate=accumulate, view=hide_through)
     return by_score(criterion, sparsity, scope=scope, structure=structure, min_ndim=min_ndim)
-
-
-def _hide_straight(w: Any, mask: Array) -> Any:
-    hidden = hide(w, mask)
-    if hidden is w:
-        return w
-    return straight_through(w, jax.lax.stop_gradient(hidden), jnp.ones((), bool))

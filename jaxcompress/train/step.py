@@ -83,6 +83,7 @@ def make_step(
     teacher: Callable[[Any, Any], Any] | None = None,
     activations: ActivationQuantizer | None = None,
     ema_decay: float | None = None,
+    recipe_sees: str = "params",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Builds step(state, teacher_params, (inputs, labels)) -> (state, metrics), jitted.
 
@@ -101,7 +102,17 @@ def make_step(
       activations: built on (params, inputs) -> outputs of the same network; it then replaces
         `forward`, and model state does not change.
       ema_decay: decay of `state.ema` (create it with `with_ema=True`).
+      recipe_sees: "params": the recipe's `update` comes first, as said, without gradients.
+        "gradients": it comes after the loss and before the optimizer, with the gradients by the
+        params (dense where a mask is straight through): for methods that look at them, such as
+        RigL, SNFS, Taylor and movement, which do nothing without. What else the recipe renews,
+        scales say, is then one optimizer step older than the params.
+
+    Raises:
+      ValueError: `recipe_sees` is neither; (at the first step) a state that does not fit.
     """
+    if recipe_sees not in ("params", "gradients"):
+        raise ValueError(f'recipe_sees must be "params" or "gradients", got {recipe_sees!r}')
     recipe = recipe or identity()
     loss = loss or hinton_loss()
     accepts_masks = _accepts(tx.update, "masks")
@@ -123,11 +134,15 @@ def make_step(
     def step(state: TrainState, teacher_params: Any, batch: tuple[Any, Any]):
         inputs, labels = batch
         _check(state, activations, ema_decay)
-        state = state.replace(compress=recipe.update(state.params, state.compress))
+        if recipe_sees == "params":
+            state = state.replace(compress=recipe.update(state.params, state.compress))
         trainable = Trainable(state.params, state.compress.learned)
         (value, (metrics, model_state, statistics)), grads = jax.value_and_grad(
             objective, has_aux=True
         )(trainable, state, teacher_params, inputs, labels)
+        if recipe_sees == "gradients":
+            compress = recipe.update(state.params, state.compress, grads=grads.params)
+            state = state.replace(compress=compress)
         kept = Trainable(
             find_masks(state.compress, state.params),
             jax.tree.map(lambda _: jnp.ones((), bool), trainable.learned),
