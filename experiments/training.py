@@ -36,6 +36,14 @@ def shift_augment(key: jax.Array, images: jax.Array) -> jax.Array:
     return jax.vmap(crop)(padded, offsets)
 
 
+def mirror_augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """`shift_augment`, and half of the images mirrored."""
+    shift_key, mirror_key = jax.random.split(key)
+    mirrored = jax.random.bernoulli(mirror_key, shape=(len(images), 1, 1, 1))
+    shifted = shift_augment(shift_key, images)
+    return jax.numpy.where(mirrored, shifted[:, :, ::-1], shifted)
+
+
 def fit(
     step: Callable[..., tuple[Any, dict[str, jax.Array]]],
     state: Any,
@@ -44,9 +52,10 @@ def fit(
     teacher_params: Any = (),
     seed: int = 0,
     on_step: Callable[[int, Any], None] | None = None,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] = shift_augment,
 ) -> Any:
     """Runs the step over all batches, images shifted at random; `on_step` sees (index, state)."""
-    augment = jax.jit(shift_augment)
+    augment = jax.jit(augment)
     root = jax.random.key(seed)
     for index, (images, labels) in enumerate(data):
         images = augment(jax.random.fold_in(root, index), images)

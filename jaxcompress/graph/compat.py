@@ -6,11 +6,12 @@ class, and `scan` describes its operands by `ft_in` instead of `num_consts` and 
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jec
+import numpy as np
 from jax.api_util import debug_info
 from jax.custom_derivatives import SymbolicZero as SymbolicZero
 from jax.interpreters import partial_eval
@@ -184,3 +185,32 @@ def evaluate(eqn: Any, values: list[Any]) -> list[Any]:
     )
     jaxpr = jec.Jaxpr([], variables, list(eqn.outvars), [one], eqn.effects, info)
     return jec.jaxpr_as_fun(jec.ClosedJaxpr(jaxpr, []))(*given)
+
+
+def with_literal(eqn: Any, operand: int, value: Any) -> Any:
+    """An equation with another number in the place of a number."""
+    operands = list(eqn.invars)
+    old = operands[operand]
+    operands[operand] = jec.Literal(np.asarray(value, old.aval.dtype), old.aval)
+    return eqn.replace(invars=operands)
+
+
+def with_shapes(
+    eqn: Any,
+    in_shapes: Sequence[tuple[int, ...]],
+    out_shapes: Sequence[tuple[int, ...]],
+    *,
+    params: Mapping[str, Any],
+) -> Any:
+    """An equation on arrays of other shapes; `params` are its parameters, which may name them."""
+
+    def reshaped(v, shape):
+        if isinstance(v, jec.Literal) or getattr(v.aval, "shape", shape) == shape:
+            return v
+        return jec.Var(v.aval.update(shape=shape))
+
+    return eqn.replace(
+        invars=[reshaped(v, n) for v, n in zip(eqn.invars, in_shapes, strict=True)],
+        outvars=[reshaped(v, n) for v, n in zip(eqn.outvars, out_shapes, strict=True)],
+        params=dict(params),
+    )

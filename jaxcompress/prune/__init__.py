@@ -1,10 +1,11 @@
-"""Pruning: criteria, scopes, structures, schedules, dynamic sparse training, masks."""
+"""Pruning: criteria, scopes, structures, schedules, dynamic sparse training, smaller networks."""
 
 from jaxcompress.prune import entropy
 from jaxcompress.prune.activity import apoz, binary_entropy, hrank, map_ranks, on_off_entropy
 from jaxcompress.prune.at_init import grasp, snip, synflow
 from jaxcompress.prune.backward import backward_masks, sr_ste, ste, top_kast, top_kast_penalty
 from jaxcompress.prune.cost_scope import cost_weighted
+from jaxcompress.prune.coupled import group_masks, masked_groups
 from jaxcompress.prune.criteria import filter_norm, movement, quantile, random, taylor, threshold
 from jaxcompress.prune.dynamic import rigl, snfs, sparse_evolutionary, static_sparse
 from jaxcompress.prune.entropy import activation_entropy
@@ -18,6 +19,8 @@ from jaxcompress.prune.filters import (
 )
 from jaxcompress.prune.fisher import Surgery, fisher_diagonal, obd, obs
 from jaxcompress.prune.given import fixed, masks_of_scores, scored
+from jaxcompress.prune.group_scores import gated, group_fisher, group_norms, group_taylor
+from jaxcompress.prune.groups import channel_macs, choose_groups, group_macs, groups_for_macs
 from jaxcompress.prune.lamp import lamp, lamp_scores
 from jaxcompress.prune.magnitude import magnitude
 from jaxcompress.prune.moments import reset_moments
@@ -50,6 +53,7 @@ from jaxcompress.prune.schedules import (
 )
 from jaxcompress.prune.scope import Scope, Units, erk
 from jaxcompress.prune.score import Criterion, by_score
+from jaxcompress.prune.shrink import ShrinkReport, Shrunk, shrink
 from jaxcompress.prune.soft import l0, l0_penalty, soft_threshold, without_noise
 from jaxcompress.prune.soft_movement import soft_movement, soft_movement_penalty
 from jaxcompress.prune.sparse_gpt import sparse_gpt
@@ -63,6 +67,8 @@ __all__ = [
     "PruneState",
     "Round",
     "Scope",
+    "ShrinkReport",
+    "Shrunk",
     "SparsitySchedule",
     "Structure",
     "Surgery",
@@ -78,6 +84,8 @@ __all__ = [
     "block",
     "by_score",
     "channel",
+    "channel_macs",
+    "choose_groups",
     "compensate",
     "constant",
     "cost_weighted",
@@ -91,7 +99,14 @@ __all__ = [
     "fisher_diagonal",
     "fixed",
     "fpgm",
+    "gated",
     "grasp",
+    "group_fisher",
+    "group_macs",
+    "group_masks",
+    "group_norms",
+    "group_taylor",
+    "groups_for_macs",
     "head",
     "hold",
     "hrank",
@@ -105,6 +120,7 @@ __all__ = [
     "magnitude",
     "map_ranks",
     "mask_gradients",
+    "masked_groups",
     "masked_optimizer",
     "masks",
     "masks_of_scores",
@@ -127,6 +143,7 @@ __all__ = [
     "rewind_weights",
     "rigl",
     "scored",
+    "shrink",
     "slimming",
     "slimming_masks",
     "slimming_penalty",

@@ -1,0 +1,287 @@
+"""Question: how much of a trained CIFAR-10 ResNet can go, if it is fine-tuned afterwards?
+
+    python -m experiments.prune_cifar10 --json
+
+ResNet-20 and -32 with BatchNorm folded, from the trained weights, 10,000 test images. Pruned in one
+shot, then fine-tuned on the training images (shifted and mirrored at random) against the labels and
+the dense network, by SGD with Nesterov momentum and a cosine learning rate; three seeds of batches
+and random masks. Variants:
+  unstructuredR  R % of all weights zero, by magnitude over all layers together; randomR: at random
+  channelsR      R % fewer MACs: inside every block the channels with the smallest norms over all
+                 coupled tensors are cut out, the same share of each, the convolutions behind them
+                 made up by least squares on 512 images, and the small network is fine-tuned;
+                 randomchannelsR: channels at random
+All are fine-tuned for `--epochs`; unstructured80, random80 and channels50 for `--long-epochs` too,
+and those carry the plain names, the short runs of all "tuned_" before theirs. "cut_": before any
+fine-tuning. Runs are kept in --out, and not repeated when it is given again: an hour for ResNet-20
+alone on two CPU cores, three for both.
+Result: experiments/results/prune_cifar10.json.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcompress as jc
+from experiments._plot import plot
+from experiments._report import Options, Report, run, write_json
+from experiments.data import cifar10_normalise, load_cifar10
+from experiments.evaluate import top1
+from experiments.models import resnet_cifar
+from experiments.training import batches, fit, mirror_augment
+from jaxcompress.graph import axes
+from jaxcompress.prune.coupled import group_masks
+from jaxcompress.prune.group_scores import group_norms
+from jaxcompress.prune.groups import group_macs, groups_for_macs
+from jaxcompress.prune.shrink import shrink
+
+UNSTRUCTURED = (50, 70, 80, 90, 95)
+CHANNELS = (20, 35, 50, 65, 80)
+LONG = ("unstructured80", "random80", "channels50")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Options):
+    """Options."""
+
+    depths: tuple[int, ...] = (20, 32)
+    """Which ResNets."""
+    seeds: int = 3
+    """Seeds of batches and random choices."""
+    epochs: int = 1
+    """Epochs for every variant."""
+    long_epochs: int = 20
+    """Epochs for the variants of the headline."""
+    learning_rate: float = 0.02
+    """At the start; it falls to 0 along a cosine."""
+    variants: tuple[str, ...] = ()
+    """Only these, unstructured80 say; none: all."""
+
+
+class Network:
+    """A trained network, its data, and what pruning does to it."""
+
+    def __init__(self, args: Args, report: Report, depth: int):
+        self.args, self.report, self.depth = args, report, depth
+        self.fn = resnet_cifar.folded_apply_fn(depth)
+        variables = resnet_cifar.load_pretrained(depth)
+        self.params = jax.tree.map(jnp.asarray, resnet_cifar.fold_batch_norm(variables))
+        self.train, self.test = load_cifar10("train"), load_cifar10("test")
+        if args.short:
+            (x, y), (u, v) = self.train, self.test
+            self.train, self.test = (x[:256], y[:256]), (u[:200], v[:200])
+        example = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        self.example = example
+        self.found = axes(self.fn, self.params, example)
+        # Channels of the residual stream stay: every block reads them.
+        self.inner = [name for name in self.found.groups if "/conv1/" in name]
+        self.masked_steps: dict[int, Any] = {}
+
+    def accuracy(self, fn: Callable, params: Any) -> float:
+        """Top-1 on the test images in percent."""
+        return top1(jax.tree_util.Partial(_normalised(fn), params), *self.test)
+
+    def total_steps(self, epochs: int) -> int:
+        """Batches in so many epochs."""
+        return epochs * (len(self.train[0]) // self._batch())
+
+    def _batch(self) -> int:
+        return 64 if self.args.short else 128
+
+    def optimizer(self, epochs: int) -> optax.GradientTransformation:
+        """SGD, its learning rate a cosine over all epochs."""
+        rate = optax.cosine_decay_schedule(self.args.learning_rate, self.total_steps(epochs))
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.add_decayed_weights(1e-4),
+            optax.sgd(rate, momentum=0.9, nesterov=True),
+        )
+
+    def step(self, fn: Callable, tx: Any, recipe: jc.Compressor) -> Any:
+        """One step of training against labels and the dense network."""
+        forward, teacher = _normalised(fn), _normalised(self.fn)
+        return jc.train.make_step(jc.train.stateless(forward), tx, recipe=recipe, teacher=teacher)
+
+    def tuned(self, step: Any, state: Any, epochs: int, seed: int, name: str) -> Any:
+        """The params after fine-tuning."""
+        stream = batches(*self.train, size=self._batch(), epochs=epochs, seed=seed)
+        total = self.total_steps(epochs)
+        stream = self.report.progress(stream, f"ResNet-{self.depth} {name}", total=total)
+        return fit(
+            step, state, stream, teacher_params=self.params, seed=seed, augment=mirror_augment
+        ).params
+
+    def masked(self, kind: str, ratio: int, epochs: int, seed: int) -> dict[str, float]:
+        """Weights zero, wherever they are."""
+        share = jc.prune.one_shot(ratio / 100)
+        if kind == "random":
+            chosen = jc.prune.random(share, key=jax.random.key(seed), scope="global")
+        else:
+            chosen = jc.prune.magnitude(share, scope="global")
+        masks = jc.prune.masks(chosen.init(self.params), self.params)
+        recipe, tx = jc.prune.fixed(masks), jc.prune.masked_optimizer(self.optimizer(epochs))
+        if epochs not in self.masked_steps:  # masks lie in the state: one program for all of them
+            self.masked_steps[epochs] = self.step(self.fn, tx, recipe)
+        state = jc.train.create(self.params, recipe, tx)
+        before = self.accuracy(self.fn, recipe.apply(self.params, state.compress))
+        step = self.masked_steps[epochs]
+        params = self.tuned(step, state, epochs, seed, f"{kind}{ratio}, seed {seed}")
+        row = {"cut": before, "tuned": self.accuracy(self.fn, params)}
+        return {**row, "sparsity": 100 * jc.prune.sparsity_of(params)}
+
+    def shrunk(self, kind: str, ratio: int, epochs: int, seed: int) -> dict[str, float]:
+        """Channels cut out, and the small network fine-tuned."""
+        scores: dict[str, Any] = dict(group_norms(self.found, self.params))
+        if kind == "randomchannels":
+            rng = np.random.default_rng(seed)
+            scores = {name: rng.random(np.size(score)) for name, score in scores.items()}
+        inner = {name: scores[name] for name in self.inner}
+        kept = groups_for_macs(self.found, inner, 1 - ratio / 100)
+        params = self.compensated(kept, seed)
+        fn, small, _ = shrink(self.fn, params, kept, self.example, axes=self.found)
+        tx, recipe = self.optimizer(epochs), jc.identity()
+        before = self.accuracy(fn, small)
+        step, state = self.step(fn, tx, recipe), jc.train.create(small, recipe, tx)
+        params = self.tuned(step, state, epochs, seed, f"{kind}{ratio}, seed {seed}")
+        macs = 100 * group_macs(self.found, kept) / group_macs(self.found, {})
+        sizes = [sum(w.size for w in jax.tree.leaves(tree)) for tree in (small, self.params)]
+        row = {"cut": before, "tuned": self.accuracy(fn, params), "macs": macs}
+        return {**row, "params": 100 * sizes[0] / sizes[1]}
+
+    def compensated(self, kept: Any, seed: int) -> Any:
+        """The params with the second convolution of each block fitted to the channels that stay."""
+        masks = group_masks(self.found, kept)
+        rows = np.random.default_rng(seed).choice(
+            len(self.train[0]), 64 if self.args.short else 512
+        )
+        data = [(cifar10_normalise(self.train[0][part]),) for part in np.split(rows, 2)]
+        rules = {".*_[0-9]/conv2/kernel": 0.0}
+        return jc.prune.sparse_gpt(self.fn, self.params, data, rules, masks=masks, sweeps=2)[0]
+
+    def variant(self, name: str, epochs: int, seed: int) -> dict[str, float]:
+        """One run by its name."""
+        kind = name.rstrip("0123456789")
+        method = self.shrunk if kind.endswith("channels") else self.masked
+        return method(kind, int(name.removeprefix(kind)), epochs, seed)
+
+
+def _normalised(fn: Callable) -> Callable:
+    return lambda params, images: fn(params, cifar10_normalise(images))
+
+
+def names(args: Args) -> tuple[str, ...]:
+    """All variants that are asked for."""
+    masked = [f"{kind}{r}" for kind in ("unstructured", "random") for r in UNSTRUCTURED]
+    cut = [f"{kind}{r}" for kind in ("channels", "randomchannels") for r in CHANNELS]
+    known = (*masked, *cut)
+    if args.short:
+        known = LONG
+    unknown = set(args.variants) - set(known)
+    if unknown:
+        raise ValueError(f"unknown --variants {sorted(unknown)}; known: {', '.join(known)}")
+    return tuple(args.variants) or known
+
+
+class Runs:
+    """Runs that are done, in a file of --out that grows with every one."""
+
+    def __init__(self, args: Args):
+        self.path = Path(args.out) / "prune_cifar10_runs.json" if args.out else None
+        self.args, self.done = args, {}
+        if self.path is not None and self.path.exists():
+            self.done = json.loads(self.path.read_text())
+
+    def get(self, network: Network, name: str, epochs: int, seed: int) -> dict[str, float]:
+        """A run, from the file if it is there."""
+        rate = self.args.learning_rate
+        key = f"resnet{network.depth} {name} epochs={epochs} rate={rate} seed={seed}"
+        key += " short" if self.args.short else ""
+        if key not in self.done:
+            self.done[key] = network.variant(name, epochs, seed)
+            figures = ", ".join(f"{k} {v:.2f}" for k, v in self.done[key].items())
+            network.report.console.print(f"{key}: {figures}")
+            if self.path is not None:
+                write_json(self.path, self.done)
+        return self.done[key]
+
+
+def main(args: Args, report: Report) -> dict[str, Any]:
+    """All networks, variants and seeds."""
+    if min(args.seeds, args.epochs, args.long_epochs) < 1:
+        raise ValueError("--seeds, --epochs and --long-epochs must be positive")
+    chosen, runs = names(args), Runs(args)
+    epochs, long_epochs = (1, 2) if args.short else (args.epochs, args.long_epochs)
+    seeds = range(args.seed, args.seed + (1 if args.short else args.seeds))
+    figures: dict[str, Any] = {}
+    for depth in args.depths[:1] if args.short else args.depths:
+        network = Network(args, report, depth)
+        prefix = "" if depth == 20 else f"resnet{depth}_"
+        dense = network.accuracy(network.fn, network.params)
+        figures[f"{prefix}float32_top1_percent"] = dense
+        plans = [(name, "", long_epochs) for name in chosen if name in LONG]
+        plans += [(name, "tuned_", epochs) for name in chosen]
+        # Seed by seed, so that what is there after some hours is a whole experiment.
+        found = {plan: [] for plan in plans}
+        for seed in seeds:
+            for plan in plans:
+                found[plan].append(runs.get(network, plan[0], plan[2], seed))
+        figures |= summary(prefix, found)
+        show(report, depth, dense, found)
+        if args.out is not None:
+            draw(args.out / f"prune_cifar10_{depth}.png", depth, dense, found)
+    return figures
+
+
+def summary(prefix: str, found: dict[tuple[str, str, int], list[dict[str, float]]]) -> dict:
+    """Means and deviations over the seeds."""
+    figures: dict[str, Any] = {}
+    for (name, stage, _), rows in found.items():
+        tuned = [row["tuned"] for row in rows]
+        figures[f"{prefix}{stage}{name}_top1_percent"] = float(np.mean(tuned))
+        if len(tuned) > 1:
+            figures[f"{prefix}{stage}{name}_std_percent"] = float(np.std(tuned, ddof=1))
+        if stage:
+            cut = float(np.mean([row["cut"] for row in rows]))
+            figures[f"{prefix}cut_{name}_top1_percent"] = cut
+        for key in {"macs", "sparsity"} & set(rows[0]):
+            figures[f"{prefix}{name}_{key}_percent"] = float(np.mean([row[key] for row in rows]))
+    return figures
+
+
+def show(report: Report, depth: int, dense: float, found: dict) -> None:
+    """A table of all runs."""
+    rows = [("dense", "", dense, 0.0, 0.0)]
+    for (name, _, epochs), runs in found.items():
+        tuned = [row["tuned"] for row in runs]
+        rows.append((name, epochs, float(np.mean(tuned)), min(tuned), max(tuned)))
+    columns = ("variant", "epochs", "top-1 %, mean", "least", "most")
+    report.table(f"ResNet-{depth}, CIFAR-10", columns, rows)
+
+
+def draw(path: Path, depth: int, dense: float, found: dict) -> None:
+    """Accuracy by ratio, a line for each kind."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for (name, stage, _), runs in found.items():
+        kind = name.rstrip("0123456789")
+        point = int(name.removeprefix(kind)), float(np.mean([row["tuned"] for row in runs]))
+        lines.setdefault(kind if stage else f"{kind}, long", []).append(point)
+    with plot(path, columns=2, size=(10, 4)) as pair:
+        for ax, cut in zip(np.atleast_1d(pair), (False, True), strict=True):
+            for kind, points in lines.items():
+                if ("channels" in kind) is cut:
+                    ax.plot(*zip(*sorted(points), strict=True), "o-", label=kind)
+            ax.axhline(dense, color="k", lw=0.8, ls="--", label="dense")
+            label = "MACs removed, %" if cut else "weights removed, %"
+            ax.set(xlabel=label, ylabel="top-1 %", title=f"ResNet-{depth}")
+            ax.legend()
+
+
+if __name__ == "__main__":
+    run(main, "prune_cifar10")

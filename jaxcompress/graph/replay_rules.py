@@ -1,0 +1,101 @@
+"""The static sizes in an equation after its axes were cut."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxcompress.graph import compat
+from jaxcompress.graph.axes_scopes import Step
+from jaxcompress.graph.axes_terms import Term, size
+
+Keep = Callable[[Term], np.ndarray]  # axis -> bool [old size], or [new size] if it is rebound
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An equation that is evaluated again.
+
+    Attributes:
+      step: the equation with the terms of its axes.
+      keep: which indices of an axis stay.
+      values: its operands, cut.
+    """
+
+    step: Step
+    keep: Keep
+    values: Sequence[Any]
+
+    def length(self, term: Term) -> int:
+        """The new size of an axis."""
+        return int(self.keep(term).sum())
+
+    def shape(self, output: int = 0) -> tuple[int, ...]:
+        """The new shape of a result."""
+        return tuple(self.length(term) for term in self.step.outs[output])
+
+    def position(self, term: Term, at: int) -> int:
+        """Where a position of an axis is now."""
+        keep = self.keep(term)
+        return int((keep if at == size(term) else keep[:at]).sum())
+
+    def sliced(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """New sizes of slices of the first operand: of whole axes they are whole again."""
+        pairs = zip(self.step.ins[0], sizes, strict=True)
+        return tuple(self.length(t) if size(t) == n else n for t, n in pairs)
+
+
+def _slice(cut: Cut, p: dict[str, Any]) -> dict[str, Any]:
+    terms = cut.step.ins[0]
+    starts, limits = p["start_indices"], p["limit_indices"]
+    return {
+        "start_indices": tuple(cut.position(t, n) for t, n in zip(terms, starts, strict=True)),
+        "limit_indices": tuple(cut.position(t, n) for t, n in zip(terms, limits, strict=True)),
+    }
+
+
+def _split(cut: Cut, p: dict[str, Any]) -> dict[str, Any]:
+    return {"sizes": tuple(cut.length(out[p["axis"]]) for out in cut.step.outs)}
+
+
+def _pad(cut: Cut, p: dict[str, Any]) -> dict[str, Any]:
+    config = []
+    for term, (low, high, interior) in zip(cut.step.outs[0], p["padding_config"], strict=True):
+        if not interior and low >= 0 and high >= 0:
+            n = size(term)
+            low = cut.position(term, low)
+            high = cut.length(term) - cut.position(term, n - high) if high else 0
+        config.append((low, high, interior))
+    return {"padding_config": tuple(config)}
+
+
+def _conv(cut: Cut, p: dict[str, Any]) -> dict[str, Any]:
+    spec = p["dimension_numbers"]
+    channels, inputs = (v.shape[s[1]] for v, s in zip(cut.values, spec[:2], strict=True))
+    return {"feature_group_count": channels // inputs} if inputs else {}
+
+
+def _broadcast(cut: Cut, p: dict[str, Any]) -> dict[str, Any]:
+    del p
+    return {"shape": cut.shape()}
+
+
+RESIZE: dict[str, Callable[[Cut, dict[str, Any]], dict[str, Any]]] = {
+    "broadcast_in_dim": _broadcast,
+    compat.CONV: _conv,
+    "dynamic_slice": lambda cut, p: {"slice_sizes": cut.sliced(p["slice_sizes"])},
+    "gather": lambda cut, p: {"slice_sizes": cut.sliced(p["slice_sizes"])},
+    "iota": _broadcast,
+    "pad": _pad,
+    "reshape": lambda cut, p: {"new_sizes": cut.shape()},
+    "slice": _slice,
+    "split": _split,
+}
+
+
+def resized(cut: Cut) -> dict[str, Any]:
+    """The parameters of the equation with the new sizes."""
+    params = dict(cut.step.eqn.params)
+    rule = RESIZE.get(cut.step.eqn.primitive.name)
+    return {**params, **rule(cut, params)} if rule else params
