@@ -9,7 +9,8 @@ The scores are magnitudes of normal weights in three leaves. The rival concatena
 them with jnp.argsort and scatters the mask; both masks must be equal, bit for bit. The physical
 limit is one read of the scores at the bandwidth of a copy in the same run (a copy moves each byte
 twice); the selection reads them 17 times. `tied_select_s` is the hardest case: all scores alike,
-every place decided by position.
+every place decided by position. Of the same number of scores the 2 of every 4 inputs are found too;
+the rival sorts each group.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import numpy as np
 from experiments._report import Options, Report, run
 from jaxcompress.core.select import keep_count, top_k_masks
 from jaxcompress.cost.clock import interleaved
+from jaxcompress.prune import n_m
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,43 @@ def argsort_masks(scores, keep):
     mask = jnp.zeros(flat.shape, bool).at[jnp.argsort(flat, descending=True)].set(kept)
     parts = jnp.split(mask, np.cumsum([leaf.size for leaf in leaves])[:-1].tolist())
     return treedef.unflatten([p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)])
+
+
+def two_of_four(scores: jax.Array, axis: int) -> jax.Array:
+    """The 2:4 mask along an axis."""
+    pattern = n_m(2, 4, axis=axis)
+    return pattern.expand(jnp.zeros(pattern.pool(scores).shape, bool), scores)
+
+
+def argsort_two_of_four(scores: jax.Array) -> jax.Array:
+    """The rival: a stable descending argsort of every four consecutive scores of the last axis."""
+    groups = scores.reshape(-1, 4)
+    order = jnp.argsort(groups, axis=-1, descending=True)
+    mask = jnp.zeros(groups.shape, bool)
+    mask = jnp.put_along_axis(mask, order[:, :2], True, axis=-1, inplace=False)
+    return mask.reshape(scores.shape)
+
+
+def time_two_of_four(elements: int, args: Args) -> dict[str, float]:
+    """Seconds of 2:4 along the last axis and the one before, and of the sort."""
+    columns = 1000
+    scores = jnp.abs(jax.random.normal(jax.random.key(args.seed), (elements // columns, columns)))
+    last, first = (jax.jit(lambda s, a=axis: two_of_four(s, a)) for axis in (-1, -2))
+    rival = jax.jit(argsort_two_of_four)
+    if not bool(jnp.array_equal(last(scores), rival(scores))):
+        raise RuntimeError("the 2:4 masks differ from those of argsort")
+    seconds = interleaved(
+        {
+            "two_of_four_s": lambda: first(scores),
+            "two_of_four_last_axis_s": lambda: last(scores),
+            "argsort_two_of_four_s": lambda: rival(scores),
+        },
+        repeats=2 if args.short else args.repeats,
+    )
+    for name in ("two_of_four", "two_of_four_last_axis"):
+        rate = seconds["argsort_two_of_four_s"] / seconds[f"{name}_s"]
+        seconds[f"{name}_speedup_over_argsort"] = rate
+    return seconds
 
 
 def main(args: Args, report: Report) -> dict:
@@ -94,6 +133,12 @@ def main(args: Args, report: Report) -> dict:
         ("", "ms", "times the limit"),
         [(label, seconds[key] * 1e3, seconds[key] / limit_s) for label, key in names],
     )
+    groups = time_two_of_four(max(elements // 4000, 1) * 4000, args)
+    report.table(
+        "2:4",
+        ("", "ms or times"),
+        [(k, v * 1e3 if k.endswith("_s") else v) for k, v in groups.items()],
+    )
     memory = select.memory_analysis()
     return {
         **seconds,
@@ -105,6 +150,7 @@ def main(args: Args, report: Report) -> dict:
         "elements": elements,
         "keep": int(keep),
         "masks_equal": True,
+        **groups,
     }
 
 
