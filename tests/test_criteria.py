@@ -21,6 +21,8 @@ from jaxcompress.prune.lamp import lamp, lamp_scores
 from jaxcompress.prune.magnitude import magnitude
 from jaxcompress.prune.schedules import linear, one_shot
 
+pytestmark = pytest.mark.broad
+
 RNG = np.random.default_rng(0)
 TREE = {
     "a": jnp.asarray(RNG.normal(size=(40, 25)), jnp.float32),

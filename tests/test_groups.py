@@ -11,6 +11,8 @@ from jaxcompress.prune.group_scores import gated, group_fisher, group_norms, gro
 from jaxcompress.prune.groups import channel_macs, choose_groups, group_macs, groups_for_macs
 from jaxcompress.prune.state import apply_masks
 
+pytestmark = pytest.mark.broad
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

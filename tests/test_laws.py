@@ -171,7 +171,17 @@ REGISTRY = {
 }
 
 
-@pytest.fixture(params=REGISTRY)
+# On every interpreter; the others on one.
+EVERYWHERE = frozenset(
+    """identity int4_channel uint4_group mxfp4 magnitude_global magnitude_cubic 2:4 random rigl l0
+    by_path partition prune_then_quantize""".split()
+)
+CASES = [
+    pytest.param(name, marks=() if name in EVERYWHERE else pytest.mark.broad) for name in REGISTRY
+]
+
+
+@pytest.fixture(params=CASES)
 def case(request):
     return REGISTRY[request.param]
 

@@ -21,6 +21,8 @@ from jaxcompress.prune.sparse_gpt import sparse_gpt
 from jaxcompress.prune.wanda import wanda
 from jaxcompress.quantize import Spec, gptq
 
+pytestmark = pytest.mark.broad
+
 K, N = 24, 6
 METHODS = pytest.mark.parametrize("method", [wanda, sparse_gpt], ids=lambda m: m.__name__)
 

@@ -13,6 +13,8 @@ from jaxcompress.prune.at_init import grasp, snip, synflow
 from jaxcompress.prune.fisher import fisher_diagonal, obd, obs
 from jaxcompress.prune.woodfisher import WoodFisher, compensate, woodfisher
 
+pytestmark = pytest.mark.broad
+
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(12, 6)), RNG.normal(size=(12, 3))
 W, B = RNG.normal(size=(6, 3)), RNG.normal(size=(3,))

@@ -14,6 +14,8 @@ from jaxcompress.prune.dynamic import rigl
 from jaxcompress.prune.moments import reset_moments
 from jaxcompress.prune.optimizer import dynamic_optimizer, hold, pausing_optimizer
 
+pytestmark = pytest.mark.broad
+
 LABELS = {"up": "adam", "down": "sgd", "up_bias": "sgd", "down_bias": "adam"}
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda: optax.adamw(0.1, weight_decay=0.1),

@@ -15,6 +15,8 @@ from jaxcompress.prune.proximal import prox_group_lasso, prox_l1, proximal
 from jaxcompress.prune.soft import l0, l0_penalty, soft_threshold, without_noise
 from jaxcompress.prune.soft_movement import soft_movement, soft_movement_penalty
 
+pytestmark = pytest.mark.broad
+
 RNG = np.random.default_rng(0)
 W, G = RNG.normal(size=(6, 5)), RNG.normal(size=(6, 5))
 PARAMS = jnp.asarray(W, jnp.float32)

@@ -15,6 +15,8 @@ from jaxcompress.prune.rewind import (
     rewind_weights,
 )
 
+pytestmark = pytest.mark.broad
+
 SIZE = 24 * 16 + 3 * 3 * 4 * 8
 
 

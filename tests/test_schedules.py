@@ -9,6 +9,8 @@ from jaxcompress.prune import masks
 from jaxcompress.prune.magnitude import magnitude
 from jaxcompress.prune.schedules import as_schedule, constant, cubic, exponential, linear, one_shot
 
+pytestmark = pytest.mark.broad
+
 RAMPS = [cubic, linear, exponential]
 STEPS = np.arange(0, 130)
 

@@ -21,6 +21,8 @@ from jaxcompress.core.sparse import positions_like
 from jaxcompress.export import inspect, load, save
 from jaxcompress.formats import integer
 
+pytestmark = pytest.mark.broad
+
 SHAPE = jax.ShapeDtypeStruct
 
 

@@ -16,6 +16,8 @@ from jaxcompress.prune.n_m import n_m
 from jaxcompress.prune.schedules import linear
 from jaxcompress.prune.structure import block, channel, head, unstructured
 
+pytestmark = pytest.mark.broad
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
