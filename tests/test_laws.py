@@ -181,9 +181,20 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CASES)
-def case(request):
-    return REGISTRY[request.param]
+class Made(NamedTuple):
+    """A method, and its programs, which all tests of it share."""
+
+    case: Case
+    comp: jc.Compressor
+    update: Callable  # jitted, as is
+    apply: Callable
+
+
+@pytest.fixture(params=CASES, scope="module")
+def made(request):
+    case = REGISTRY[request.param]
+    comp = case.make()
+    return Made(case, comp, jax.jit(comp.update), jax.jit(comp.apply))
 
 
 @pytest.fixture(params=[jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -232,8 +243,8 @@ def _whole_bytes(largest):
     return 1 if largest < 2**8 else 2 if largest < 2**16 else 4
 
 
-def test_laws_of_values(case, dtype):
-    comp, params = case.make(), _tree(dtype)
+def test_laws_of_values(made, dtype):
+    comp, params = made.comp, _tree(dtype)
     state = comp.init(params)
     params, state = _some_updates(comp, params, state)
     view = comp.apply(params, state)
@@ -241,32 +252,32 @@ def test_laws_of_values(case, dtype):
     packed = comp.pack(params, state)
     assert bits_equal(jc.unpack(packed), view)  # 2
     assert bits_equal(jax.jit(jc.unpack)(packed), view)
-    assert bits_equal(jax.jit(comp.apply)(params, state), view)  # 6
-    if 7 not in case.breaks:
+    assert bits_equal(made.apply(params, state), view)  # 6
+    if 7 not in made.case.breaks:
         assert bits_equal(comp.apply(view, state), view)  # 7
 
 
-def test_laws_of_state(case, dtype):
-    comp, params = case.make(), _tree(dtype)
+def test_laws_of_state(made, dtype):
+    comp, params = made.comp, _tree(dtype)
     state = comp.init(params)
     assert avals(jax.eval_shape(comp.init, params)) == avals(state)  # 5
     new = comp.update(params, state, grads=params)
     assert avals(new) == avals(state)  # 3
     assert bits_equal(new.learned, state.learned)  # 4
-    jitted = jax.jit(comp.update)(params, state)
+    jitted = made.update(params, state)
     assert bits_equal(jitted, comp.update(params, state))  # 6
     # 3, as a scan would use it
-    final, _ = jax.lax.scan(lambda s, _: (comp.update(params, s), None), state, length=2)
-    assert avals(final) == avals(state)
+    loop = lambda s: jax.lax.scan(lambda s, _: (comp.update(params, s), None), s, length=2)[0]
+    assert avals(jax.eval_shape(loop, state)) == avals(state)
 
 
-def test_law_of_bytes(case):
-    comp, params = case.make(), _tree(jnp.float32)
+def test_law_of_bytes(made):
+    comp, params = made.comp, _tree(jnp.float32)
     state = comp.init(params)
     view, packed = comp.apply(params, state), comp.pack(params, state)
     leaves = jc.core.leaves_with_paths(packed, is_leaf=jc.core.is_packed)
     for (path, leaf), w in zip(leaves, jax.tree.leaves(view), strict=True):
-        dense_bytes, bits, scale_bytes = _predicted(case, path, w)
+        dense_bytes, bits, scale_bytes = _predicted(made.case, path, w)
         nnz = int(np.count_nonzero(np.asarray(w)))
         if isinstance(leaf, jc.Masked):  # where the elements kept lie, and their codes
             places = _positions_bytes(leaf)
@@ -278,9 +289,9 @@ def test_law_of_bytes(case):
         assert jc.packed_bytes(leaf) == expected, path  # 9
 
 
-def test_law_of_shardings(case):
+def test_law_of_shardings(made):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    comp, params = case.make(), _tree(jnp.float32)
+    comp, params = made.comp, _tree(jnp.float32)
     state = comp.init(params)
     specs = {1: ("d",), 2: ("d", None), 4: (None,) * 3 + ("d",)}
 
@@ -289,11 +300,9 @@ def test_law_of_shardings(case):
         return jax.device_put(w, NamedSharding(mesh, PartitionSpec(*spec)))
 
     placed = jax.tree.map(place, params)
-    state_placed = jax.jit(comp.update)(placed, comp.init(placed))
-    assert bits_equal(
-        jax.device_get(state_placed), jax.device_get(jax.jit(comp.update)(params, state))
-    )
-    view = jax.jit(comp.apply)(placed, state_placed)
+    state_placed = made.update(placed, comp.init(placed))
+    assert bits_equal(jax.device_get(state_placed), jax.device_get(made.update(params, state)))
+    view = made.apply(placed, state_placed)
     assert bits_equal(
         jax.device_get(view), jax.device_get(comp.apply(params, comp.update(params, state)))
     )
