@@ -98,7 +98,11 @@ def same_bits(a, b):
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("name, where, calibrator", COMBINATIONS)
+# Every other one in the default run, all of them with the long tests.
+@pytest.mark.parametrize(
+    "name, where, calibrator",
+    [pytest.param(*c, marks=pytest.mark.long if i % 2 else ()) for i, c in enumerate(COMBINATIONS)],
+)
 @given(
     seed=st.integers(0, 2**31),
     size=st.sampled_from([2.0**-9, 1.0, 3.7, 1000.0]),
