@@ -58,12 +58,8 @@ def fisher_diagonal(loss_fn: Loss, params: Any, batches: Iterable[Batch]) -> Any
     [5. 2.]
     """
     check_weights(params)
-    total, count = None, 0
-    for batch in each_batch("batches", batches):
-        count += examples_in(batch)
-        added = _sum_of_squares(params, batch, loss_fn=loss_fn)
-        total = added if total is None else jax.tree.map(jnp.add, total, added)
-    return finite_scores(jax.tree.map(lambda s: s / max(count, 1), total))
+    squares = functools.partial(_sum_of_squares, params, loss_fn=loss_fn)
+    return finite_scores(mean_over_examples(squares, batches))
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
@@ -80,6 +76,16 @@ def gradient_of_one(
     _, join = float_leaves(params)
     one = jax.tree.map(lambda x: x[None], example)
     return jax.grad(lambda w: loss_fn(join(w), *one))(weights)
+
+
+def mean_over_examples(sum_of: Callable[[Batch], Any], batches: Iterable[Batch]) -> Any:
+    """The mean over all examples, from a tree of sums for each batch."""
+    total, count = None, 0
+    for batch in each_batch("batches", batches):
+        count += examples_in(batch)
+        added = sum_of(batch)
+        total = added if total is None else jax.tree.map(jnp.add, total, added)
+    return jax.tree.map(lambda s: s / max(count, 1), total)
 
 
 def examples_in(batch: Batch) -> int:

@@ -1,4 +1,4 @@
-"""What pruning by learned gates and thresholds shares: shapes, packing, refusal of NaN."""
+"""What pruning by learned gates and thresholds shares: shapes and packing."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.core.compressor import CompressState, holds
+from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.packed import mask_leaf
 from jaxcompress.prune.proximal import group_axes
 
@@ -38,9 +38,3 @@ def weights_per_gate(shape: tuple[int, ...], axis: int | tuple[int, ...] | None)
 def _gate_shape(shape: tuple[int, ...], axis: Any) -> tuple[int, ...]:
     own = set(range(len(shape))) if axis is None else group_axes(shape, axis)
     return tuple(n if a in own else 1 for a, n in enumerate(shape))
-
-
-def refuse_nan(w: Array) -> None:
-    """Raises ValueError if a weight is NaN (where values are known)."""
-    if not holds(lambda x: ~jnp.isnan(x), w):
-        raise ValueError("a weight to prune must not be NaN")

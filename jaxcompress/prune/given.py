@@ -119,12 +119,12 @@ def fixed(masks: Any) -> Compressor:
             given = treedef.flatten_up_to(masks)
         except ValueError as error:
             raise ValueError(f"masks do not have the params' structure: {error}") from error
-        placed = []
+        found = []
         for (path, w), mask in zip(leaves_with_paths(params), given, strict=True):
             with at_path(path):
-                placed.append(_checked_mask(w, mask))
+                found.append(_checked_mask(w, mask))
         step = jnp.zeros((), jnp.int32)
-        return CompressState(buffers=PruneState(treedef.unflatten(placed), step))
+        return CompressState(buffers=PruneState(treedef.unflatten(found), step))
 
     def apply(params, state):
         check_owner(state)

@@ -16,9 +16,8 @@ from jax import Array
 from jaxcompress.core.compressor import at_path, holds, is_float_array
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes_terms import Atom, Sum, Term, atoms, resolve
-from jaxcompress.graph.capture import each_batch
 from jaxcompress.prune.coupled import along, of_network
-from jaxcompress.prune.fisher import Batch, examples_in
+from jaxcompress.prune.fisher import Batch, examples_in, mean_over_examples
 from jaxcompress.prune.score_trees import Loss, check_weights
 
 STATISTICS = r"batch_stats/.*|(.*/)?(mean|var)"  # paths of running statistics: scores skip them
@@ -194,12 +193,7 @@ def _mean(
     # The mean over examples, from a sum for each batch.
     check_weights(params)
     compiled = jax.jit(of_batch)
-    total, count = None, 0
-    for batch in each_batch("batches", batches):
-        count += examples_in(batch)
-        added = compiled(gates, params, batch)
-        total = added if total is None else jax.tree.map(jnp.add, total, added)
-    scores: Any = jax.tree.map(lambda s: s / max(count, 1), total)
+    scores = mean_over_examples(lambda batch: compiled(gates, params, batch), batches)
     for name, score in scores.items():
         with at_path(name):
             if not holds(jnp.isfinite, score):

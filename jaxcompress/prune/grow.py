@@ -16,14 +16,12 @@ from jaxcompress.core.compressor import (
     Compressor,
     CompressState,
     absent_if_empty,
-    is_absent,
-    state_leaves,
 )
 from jaxcompress.core.select import top_k_mask
 from jaxcompress.prune.criteria import random
 from jaxcompress.prune.schedules import one_shot
 from jaxcompress.prune.scope import Scope
-from jaxcompress.prune.score import chosen, placed
+from jaxcompress.prune.score import renewed
 from jaxcompress.prune.state import PruneState, check_owner, hide, pack_masks, prunable
 
 
@@ -164,19 +162,7 @@ def by_growth(
 
     def update(params, state, *, grads=None, **extra):
         del extra
-        check_owner(state)
-        leaves, treedef = jax.tree.flatten(params)
-        at, paths = chosen(params, min_ndim)
-        pick = lambda found: [found[i] for i in at]
-        old, step, kept = state.buffers
-        masks = state_leaves(treedef, old)
-        stats = [()] * len(leaves) if is_absent(kept) else state_leaves(treedef, kept)
-        grads = None if grads is None else pick(treedef.flatten_up_to(grads))
-        new, gathered = renew(pick(leaves), pick(masks), pick(stats), grads, step + 1, paths=paths)
-        if not is_absent(kept):
-            kept = treedef.unflatten(placed(stats, at, gathered))
-        masks = treedef.unflatten(placed(masks, at, new))
-        return state._replace(buffers=PruneState(masks, step + 1, kept))
+        return renewed(params, state, grads, renew, min_ndim=min_ndim)
 
     def pack(params, state):
         return pack_masks(params, state.buffers.masks)

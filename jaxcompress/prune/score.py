@@ -13,7 +13,6 @@ from jaxcompress.core.compressor import (
     CompressState,
     absent_if_empty,
     at_path,
-    holds,
     is_absent,
     state_leaves,
 )
@@ -26,6 +25,7 @@ from jaxcompress.prune.state import (
     hide,
     pack_masks,
     prunable,
+    refuse_nan,
 )
 from jaxcompress.prune.structure import UNSTRUCTURED, Structure
 
@@ -113,8 +113,7 @@ def by_score(
         stats = []
         for path, w in zip(paths, weights, strict=True):
             with at_path(path):
-                if not holds(lambda x: ~jnp.isnan(x), w):
-                    raise ValueError("a weight to prune must not be NaN")
+                refuse_nan(w)
                 structure.check(w.shape)
                 stats.append(criterion.init(path, w))
         step = jnp.zeros((), jnp.int32)
@@ -130,24 +129,38 @@ def by_score(
 
     def update(params, state, *, grads=None, **extra):
         del extra
-        check_owner(state)
-        leaves, treedef = jax.tree.flatten(params)
-        at, paths = chosen(params, min_ndim)
-        pick = lambda found: [found[i] for i in at]
-        old, step, kept = state.buffers
-        masks = state_leaves(treedef, old)
-        stats = [()] * len(leaves) if is_absent(kept) else state_leaves(treedef, kept)
-        grads = None if grads is None else pick(treedef.flatten_up_to(grads))
-        new, gathered = renew(pick(leaves), pick(masks), pick(stats), grads, step + 1, paths=paths)
-        if not is_absent(kept):
-            kept = treedef.unflatten(placed(stats, at, gathered))
-        masks = treedef.unflatten(placed(masks, at, new))
-        return state._replace(buffers=PruneState(masks, step + 1, kept))
+        return renewed(params, state, grads, renew, min_ndim=min_ndim)
 
     def pack(params, state):
         return pack_masks(params, state.buffers.masks)
 
     return Compressor(init, apply, update, pack)
+
+
+def renewed(
+    params: Any, state: CompressState, grads: Any, renew: Callable[..., Any], *, min_ndim: int
+) -> CompressState:
+    """The state one step later, its masks and stats those of `renew`.
+
+    Args:
+      params, state, grads: of `update`; no gradients are None.
+      renew: (weights, masks, stats, grads, step, *, paths) -> (masks, stats) of the leaves that are
+        pruned.
+      min_ndim: as in `by_score`.
+    """
+    check_owner(state)
+    leaves, treedef = jax.tree.flatten(params)
+    at, paths = chosen(params, min_ndim)
+    pick = lambda found: [found[i] for i in at]
+    old, step, kept = state.buffers
+    masks = state_leaves(treedef, old)
+    stats = [()] * len(leaves) if is_absent(kept) else state_leaves(treedef, kept)
+    grads = None if grads is None else pick(treedef.flatten_up_to(grads))
+    new, gathered = renew(pick(leaves), pick(masks), pick(stats), grads, step + 1, paths=paths)
+    if not is_absent(kept):
+        kept = treedef.unflatten(placed(stats, at, gathered))
+    masks = treedef.unflatten(placed(masks, at, new))
+    return state._replace(buffers=PruneState(masks, step + 1, kept))
 
 
 def chosen(tree: Any, min_ndim: int) -> tuple[list[int], tuple[str, ...]]:

@@ -22,9 +22,9 @@ from jaxcompress.core.compressor import (
     per_leaf,
 )
 from jaxcompress.core.paths import path_str
-from jaxcompress.prune.gates import gate_values, packing, refuse_nan, weights_per_gate
+from jaxcompress.prune.gates import gate_values, packing, weights_per_gate
 from jaxcompress.prune.proximal import prox_l1
-from jaxcompress.prune.state import prunable
+from jaxcompress.prune.state import prunable, refuse_nan
 
 # The stretched concrete distribution of Louizos et al., section 4.
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.compressor import Compressor, CompressState, per_leaf
-from jaxcompress.prune.gates import gate_values, packing, refuse_nan, weights_per_gate
-from jaxcompress.prune.state import prunable
+from jaxcompress.prune.gates import gate_values, packing, weights_per_gate
+from jaxcompress.prune.state import prunable, refuse_nan
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["scores"], meta_fields=["size"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.core.compressor import CompressState, is_float_array
+from jaxcompress.core.compressor import CompressState, holds, is_float_array
 from jaxcompress.core.packed import mask_leaf, unpack
 from jaxcompress.core.paths import leaves_with_paths
 
@@ -31,6 +31,12 @@ def check_owner(state: CompressState) -> None:
     """Raises ValueError unless the state holds masks."""
     if not isinstance(state.buffers, PruneState):
         raise ValueError("the state holds no masks: it was made by another compressor's init")
+
+
+def refuse_nan(w: Array) -> None:
+    """Raises ValueError if a weight is NaN (where values are known)."""
+    if not holds(lambda x: ~jnp.isnan(x), w):
+        raise ValueError("a weight to prune must not be NaN")
 
 
 def is_dense(w: Any, mask: Array) -> bool:
