@@ -1,5 +1,6 @@
 """Training: one state, one step."""
 
+from jaxcompress.train.convolutions import fast_kernel_gradients
 from jaxcompress.train.state import Trainable, TrainState, create
 from jaxcompress.train.step import cross_entropy, hinton_loss, make_step, number_at, stateless
 
@@ -8,6 +9,7 @@ __all__ = [
     "Trainable",
     "create",
     "cross_entropy",
+    "fast_kernel_gradients",
     "hinton_loss",
     "make_step",
     "number_at",
