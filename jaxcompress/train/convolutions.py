@@ -24,9 +24,9 @@ def fast_kernel_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
     are those of `fn`, gradients differ by the order of summation.
 
     Float32 convolutions of two spatial axes, [N, H, W, C] with [H, W, I, O], without groups,
-    dilation or cropping, outside loops and custom derivatives, are replaced, unless a mesh with
-    explicit axes splits the batch; all others stay. Jit the function: it traces `fn` at every call.
-    Forward mode (jvp) is not available.
+    dilation or cropping, outside loops and custom derivatives, are replaced; all others stay. Meant
+    for one device: a batch that is split over several is gathered. Jit the function: it traces `fn`
+    at every call. Forward mode (jvp) is not available.
 
     >>> fn = fast_kernel_gradients(lambda w, x: lax.conv_general_dilated(
     ...     x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
@@ -73,16 +73,9 @@ def _fits(eqn: Any) -> bool:
     return (
         params["dimension_numbers"] == numbers
         and params["feature_group_count"] == params["batch_group_count"] == 1
-        and _split(x) is None
         and set((*params["lhs_dilation"], *params["rhs_dilation"])) == {1}
         and min(min(pair) for pair in params["padding"]) >= 0
     )
-
-
-def _split(x: Any) -> Any:
-    # The mesh axes over which an array's first axis is split, where types tell.
-    spec = getattr(getattr(x, "sharding", None), "spec", None)
-    return spec[0] if spec else None
 
 
 def _plain(x, kernel, strides, padding):
