@@ -6,10 +6,13 @@ ResNet-20 and -32 with BatchNorm folded, from the trained weights, 10,000 test i
 shot, then fine-tuned on the training images (shifted and mirrored at random) against the labels and
 the dense network, by SGD with Nesterov momentum and a cosine learning rate; three seeds of batches
 and random masks. Variants:
-  unstructuredR  R % of all weights zero, by magnitude over all layers together; randomR: at random
+  unstructuredR  R % of all weights zero, those with the lowest LAMP scores over all layers together
+                 (plain magnitudes empty whole layers, for the folded scales differ), the others
+                 fitted by least squares to the outputs of the dense network on 512 images;
+                 randomR: at random in the shares of ERK, fitted alike
   channelsR      R % fewer MACs: inside every block the channels with the smallest norms over all
                  coupled tensors are cut out, the same share of each, the convolutions behind them
-                 made up by least squares on 512 images, and the small network is fine-tuned;
+                 fitted in the same way, and the small network is fine-tuned;
                  randomchannelsR: channels at random
 All are fine-tuned for `--epochs`; unstructured80, random80 and channels50 for `--long-epochs` too,
 and those carry the plain names, the short runs of all "tuned_" before theirs. "cut_": before any
@@ -126,15 +129,16 @@ class Network:
         """Weights zero, wherever they are."""
         share = jc.prune.one_shot(ratio / 100)
         if kind == "random":
-            chosen = jc.prune.random(share, key=jax.random.key(seed), scope="global")
+            chosen = jc.prune.random(share, key=jax.random.key(seed), scope=jc.prune.erk())
         else:
-            chosen = jc.prune.magnitude(share, scope="global")
+            chosen = jc.prune.lamp(share)
         masks = jc.prune.masks(chosen.init(self.params), self.params)
+        params = self.compensated(masks, ".*kernel", seed)
         recipe, tx = jc.prune.fixed(masks), jc.prune.masked_optimizer(self.optimizer(epochs))
         if epochs not in self.masked_steps:  # masks lie in the state: one program for all of them
             self.masked_steps[epochs] = self.step(self.fn, tx, recipe)
-        state = jc.train.create(self.params, recipe, tx)
-        before = self.accuracy(self.fn, recipe.apply(self.params, state.compress))
+        state = jc.train.create(params, recipe, tx)
+        before = self.accuracy(self.fn, params)
         step = self.masked_steps[epochs]
         params = self.tuned(step, state, epochs, seed, f"{kind}{ratio}, seed {seed}")
         row = {"cut": before, "tuned": self.accuracy(self.fn, params)}
@@ -148,7 +152,8 @@ class Network:
             scores = {name: rng.random(np.size(score)) for name, score in scores.items()}
         inner = {name: scores[name] for name in self.inner}
         kept = groups_for_macs(self.found, inner, 1 - ratio / 100)
-        params = self.compensated(kept, seed)
+        masks = group_masks(self.found, kept)
+        params = self.compensated(masks, ".*_[0-9]/conv2/kernel", seed)
         fn, small, _ = shrink(self.fn, params, kept, self.example, axes=self.found)
         tx, recipe = self.optimizer(epochs), jc.identity()
         before = self.accuracy(fn, small)
@@ -159,15 +164,15 @@ class Network:
         row = {"cut": before, "tuned": self.accuracy(fn, params), "macs": macs}
         return {**row, "params": 100 * sizes[0] / sizes[1]}
 
-    def compensated(self, kept: Any, seed: int) -> Any:
-        """The params with the second convolution of each block fitted to the channels that stay."""
-        masks = group_masks(self.found, kept)
+    def compensated(self, masks: Any, layers: str, seed: int) -> Any:
+        """The params with some layers fitted to what the masks leave of their inputs."""
         rows = np.random.default_rng(seed).choice(
             len(self.train[0]), 64 if self.args.short else 512
         )
         data = [(cifar10_normalise(self.train[0][part]),) for part in np.split(rows, 2)]
-        rules = {".*_[0-9]/conv2/kernel": 0.0}
-        return jc.prune.sparse_gpt(self.fn, self.params, data, rules, masks=masks, sweeps=2)[0]
+        return jc.prune.sparse_gpt(
+            self.fn, self.params, data, {layers: 0.0}, masks=masks, sweeps=2
+        )[0]
 
     def variant(self, name: str, epochs: float, seed: int) -> dict[str, float]:
         """One run by its name."""
