@@ -45,7 +45,7 @@ def attention_transfer(
     teacher: Array,
     *,
     power: float | Array = 2.0,
-    floor: float | Array = 1e-8,
+    floor: float | Array = 1e-3,
     per_example: bool = False,
 ) -> Array:
     """mean((Q_s - Q_t)^2), Q = F / |F|_2 of an example, F = mean_c |f|^p at every place.
@@ -57,7 +57,8 @@ def attention_transfer(
     Args:
       student, teacher: [N, ..., C], any float dtype; the loss is float32.
       power: p >= 1, may be traced.
-      floor: |F| counts as no less, so that a dead map has bounded gradients; may be traced.
+      floor: |F| counts as no less than floor^p, so that dead maps have bounded gradients; may be
+        traced.
       per_example: give [N] instead of the mean.
 
     The teacher gets no gradient. The usual weight is 1000.
@@ -77,7 +78,8 @@ def attention_transfer(
     s, t = pool_to_smaller(*float32_pair(student, teacher))
     # F = mean_c |f|^p, Q = F / |F|_2
     p = jnp.asarray(power, jnp.float32)
-    q_s, q_t = (unit(jnp.mean(jnp.abs(f) ** p, axis=-1).reshape(len(f), -1), floor) for f in (s, t))
+    least = jnp.asarray(floor, jnp.float32) ** p
+    q_s, q_t = (unit(jnp.mean(jnp.abs(f) ** p, axis=-1).reshape(len(f), -1), least) for f in (s, t))
     return over_examples((q_s - q_t) ** 2, per_example)
 
 
