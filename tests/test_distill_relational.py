@@ -150,12 +150,13 @@ def test_the_same_relations_in_more_dimensions_are_free(name):
     loss = jax.jit(CASES[name][0])
     t = normal(10, 6, 8)
     embedded = t @ rotation(11, 12)[:8]
-    assert float(loss(f32(embedded), f32(t))) < 1e-9
-    assert float(loss(f32(normal(12, 6, 8)), f32(t))) > 1e-5
+    other = float(loss(f32(normal(12, 6, 8)), f32(t)))
+    assert other > 1e-5
+    assert abs(float(loss(f32(embedded), f32(t)))) < 1e-5 * other
     if name.startswith("rkd"):
-        assert float(loss(f32(3 * embedded + 7), f32(t))) < 1e-9
+        assert float(loss(f32(3 * embedded + 7), f32(t))) < 1e-5 * other
     elif name in SCALE_FREE:
-        assert float(loss(f32(embedded + 2), f32(t))) > 1e-6, "not invariant to shifts"
+        assert float(loss(f32(embedded + 2), f32(t))) > 1e-3 * other, "not invariant to shifts"
 
 
 def test_bounds():
@@ -317,12 +318,28 @@ def test_crd_equals_float64_over_two_batches():
     np.testing.assert_allclose(value, expected.mean(), rtol=1e-4)
     assert later.log_z_student == memory.log_z_student
     assert later.log_z_teacher == memory.log_z_teacher
-    # traced numbers: one program for all
-    for temperature in (0.07, 0.5):
-        crd_program()(f32(s), f32(t), *args, memory, temperature=temperature, momentum=0.9)
-    sizes = crd_program()._cache_size()
-    crd_program()(f32(s), f32(t), *args, memory, temperature=0.2, momentum=0.1)
-    assert crd_program()._cache_size() == sizes
+
+
+def test_settings_that_are_numbers_are_traced():
+    s, t, learned, memory, negatives = crd_case()
+    traces = []
+
+    @jax.jit
+    def run(temperature, momentum, gamma, epsilon, power):
+        traces.append(1)
+        args = (f32(s), f32(t), jnp.asarray(INDICES), negatives, learned, memory)
+        crd, _ = distill.crd(*args, temperature=temperature, momentum=momentum)
+        maps = f32(s)[:, None, None], f32(t)[:, None]
+        return (
+            crd,
+            distill.cckd(f32(s), f32(t), gamma=gamma),
+            distill.pkt(f32(s), f32(t), epsilon=epsilon),
+            distill.attention_transfer(maps[1], 2 + maps[1] * maps[1], power=power),
+        )
+
+    first, second = run(0.07, 0.5, 0.4, 1e-7, 2.0), run(0.2, 0.1, 0.7, 1e-2, 3.0)
+    assert len(traces) == 1
+    assert all(float(abs(a - b)) > 1e-9 for a, b in zip(first, second, strict=True))
 
 
 def test_crd_gradients_reach_features_and_both_projections():
@@ -441,42 +458,35 @@ def on_devices(count):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_to_eight_devices_agree(name):
+def test_one_to_eight_devices_agree_in_values_and_gradients():
     s, t = normal(27, 16, 3, 4).astype(np.float32), normal(28, 16, 5).astype(np.float32)
-    results = []
-    for count in (1, 2, 4, 8):
-        along, _ = on_devices(count)
-        value, grad = gradient(CASES[name][0])(along(s), along(t))
-        assert len(grad.sharding.device_set) == count
-        results.append((np.asarray(value), np.asarray(grad)))
-    for value, grad in results[1:]:
-        np.testing.assert_allclose(value, results[0][0], rtol=1e-6)
-        scale = np.abs(results[0][1]).max()
-        np.testing.assert_allclose(grad / scale, results[0][1] / scale, atol=1e-6)
-
-
-def test_one_to_eight_devices_agree_on_crd():
-    s, t = normal(29, 16, 6).astype(np.float32), normal(30, 16, 4).astype(np.float32)
+    s[9] = s[2]  # equal examples, on different devices
+    tokens = normal(29, 16, 2, 3, 4).astype(np.float32), normal(30, 16, 2, 3, 5).astype(np.float32)
     learned, memory = distill.crd_init(jax.random.key(3), s, t, examples=24, width=8)
     indices = np.random.default_rng(31).permutation(24)[:16]
     negatives = np.random.default_rng(32).integers(0, 24, (16, 5))
 
     @jax.jit
-    @functools.partial(jax.value_and_grad, argnums=(0, 4), has_aux=True)
-    def run(s, t, indices, negatives, learned, memory):
-        return distill.crd(s, t, indices, negatives, learned, memory)
+    def run(s, t, tokens, indices, negatives, learned, memory):
+        found = {name: jax.value_and_grad(loss)(s, t) for name, (loss, _) in CASES.items()}
+        found["minilm_relation"] = jax.value_and_grad(distill.minilm_relation)(*tokens)
+        found["crd"] = jax.value_and_grad(distill.crd, argnums=(0, 4), has_aux=True)(
+            s, t, indices, negatives, learned, memory
+        )
+        return found
 
     results = []
     for count in (1, 2, 4, 8):
         along, everywhere = on_devices(count)
-        batch = along((s, t, indices, negatives))
-        out = run(*batch, *everywhere((learned, memory)))
-        results.append([np.asarray(x, np.float32) for x in jax.tree.leaves(out)])
+        found = run(*along((s, t, tokens, indices, negatives)), *everywhere((learned, memory)))
+        assert len(found["rkd_angle"][1].sharding.device_set) == count
+        results.append(jax.tree.map(lambda x: np.asarray(x, np.float64), found))
     for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            scale = max(np.abs(a).max(), 1.0)
-            np.testing.assert_allclose(b / scale, a / scale, atol=1e-6)
+        for name, alone in results[0].items():
+            pairs = zip(jax.tree.leaves(alone), jax.tree.leaves(other[name]), strict=True)
+            for one, many in pairs:
+                scale = max(np.abs(one).max(), 1e-30)
+                np.testing.assert_allclose(many / scale, one / scale, atol=1e-6, err_msg=name)
 
 
 # --- dtypes and errors

@@ -3,7 +3,8 @@
 All take the global batch: under jit with a sharded batch they give what one device gives. They
 look at relations that do not change with the scale of the features, so that features are first
 divided by their typical length, which leaves values and gradients as they are. Lengths below
-`_FLOOR` of it (dead or equal examples) count as that, which bounds the gradients.
+`_FLOOR` of it (dead or equal examples) count as that, which bounds the gradients. (The bilinear
+kernel of `cckd_bilinear` is a polynomial, used as it is.)
 """
 
 import math
@@ -21,7 +22,8 @@ from jaxcompress.distill.features_arrays import (
     unit,
 )
 
-_FLOOR = 1e-4
+_FLOOR = 1e-3
+_EQUAL = 1e-5
 
 
 def similarity_preserving(student: Array, teacher: Array) -> Array:
@@ -59,8 +61,8 @@ def rkd_distance(student: Array, teacher: Array) -> Array:
     Args:
       student, teacher: [N, ...] embeddings, flattened, any float dtype; the loss is float32.
 
-    The teacher gets no gradient. Distances whose mean is below 1e-4 of the embeddings' length are
-    rounding: they get bounded gradients, and none where they are 0.
+    The teacher gets no gradient. Distances below 1e-5 of the embeddings' length count as 0 and
+    have no gradient.
 
     Raises:
       ValueError: not the same N, or N < 2.
@@ -90,7 +92,7 @@ def rkd_angle(student: Array, teacher: Array) -> Array:
     Args:
       student, teacher: [N, ...] embeddings, flattened, any float dtype; the loss is float32.
 
-    The teacher gets no gradient. Cosines with i = j or i = k count as 0.
+    The teacher gets no gradient. Cosines with i = j or i = k, or of examples equal to x_i, count as 0.
 
     Raises:
       ValueError: not the same N, or N < 3.
@@ -172,7 +174,9 @@ def cckd(student: Array, teacher: Array, *, gamma: float | Array = 0.4, order: i
         raise ValueError(f"order must be at least 1, got {order}")
     s, t = _rows(student, teacher)
     gamma = jnp.asarray(gamma, jnp.float32)
-    weights = [jnp.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
+    weights = [
+        jnp.exp(-2 * gamma) * (2 * gamma) ** p / float(math.factorial(p)) for p in range(order + 1)
+    ]
 
     def kernel(x: Array) -> Array:
         cos = _cosines(x)
@@ -229,5 +233,8 @@ def _cosines(x: Array) -> Array:
 
 
 def _differences(x: Array) -> Array:
-    # [N, N, D]; exact for equal examples, which products of rows are not.
-    return x[None] - x[:, None]
+    # [N, N, D]. Those between equal examples, the diagonal too, are 0 by decree: compilers that
+    # multiply and subtract in one rounding leave noise there, whose direction means nothing.
+    differences = x[None] - x[:, None]
+    apart = jnp.sum(differences * differences, axis=-1, keepdims=True) > _EQUAL**2
+    return jnp.where(apart, differences, 0.0)
