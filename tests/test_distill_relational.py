@@ -47,7 +47,7 @@ def distance_reference(s, t):
 
 
 def angle_reference(s, t):
-    n, total = len(s), 0.0
+    n, total = len(s), np.zeros(())
     s, t = flat(s), flat(t)
     for i in range(n):
         for j in range(n):
@@ -72,7 +72,7 @@ def pkt_reference(s, t):
 def cckd_reference(s, t, gamma=0.4, order=2):
     def kernel(x):
         terms = [(2 * gamma) ** p / math.factorial(p) * cosines(x) ** p for p in range(order + 1)]
-        return math.exp(-2 * gamma) * sum(terms)
+        return math.exp(-2 * gamma) * np.sum(terms, axis=0)
 
     return ((kernel(s) - kernel(t)) ** 2).mean()
 
@@ -354,7 +354,8 @@ def test_crd_gradients_reach_features_and_both_projections():
 
     by_s, by_t, by_learned = grads(f32(s), f32(t), learned)
 
-    def reference(s, p_s, p_t):
+    def reference(point):
+        s, p_s, p_t = point
         changed = learned._replace(
             student=learned.student | {"kernel": p_s}, teacher=learned.teacher | {"kernel": p_t}
         )
@@ -363,7 +364,7 @@ def test_crd_gradients_reach_features_and_both_projections():
     point = [s, *(np.asarray(p["kernel"], np.float64) for p in learned)]
     found = [by_s, *(p["kernel"] for p in by_learned)]
     for i, grad in enumerate(found):
-        at = lambda x, i=i: reference(*point[:i], x, *point[i + 1 :])
+        at = lambda x, i=i: reference([*point[:i], x, *point[i + 1 :]])
         numeric = numeric_gradient(at, point[i])
         np.testing.assert_allclose(grad, numeric, atol=1e-3 * np.abs(numeric).max())
     assert not np.any(np.asarray(by_t)), "the teacher's features get no gradient"
@@ -379,6 +380,8 @@ def test_crd_memory_rows_have_length_one_and_only_those_of_the_batch_change():
         np.testing.assert_array_equal(changed, np.sort(INDICES))
     assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, later)
     assert not memory.ready and later.ready
+    donated = jax.jit(lambda m: m, donate_argnums=0)(memory)
+    assert jax.tree.map(jnp.shape, donated) == jax.tree.map(jnp.shape, later)
 
 
 def test_crd_training_pulls_the_pairs_together_and_scans():
@@ -458,6 +461,7 @@ def on_devices(count):
     )
 
 
+@pytest.mark.broad
 def test_one_to_eight_devices_agree_in_values_and_gradients():
     s, t = normal(27, 16, 3, 4).astype(np.float32), normal(28, 16, 5).astype(np.float32)
     s[9] = s[2]  # equal examples, on different devices

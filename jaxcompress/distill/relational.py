@@ -92,7 +92,7 @@ def rkd_angle(student: Array, teacher: Array) -> Array:
     Args:
       student, teacher: [N, ...] embeddings, flattened, any float dtype; the loss is float32.
 
-    The teacher gets no gradient. Cosines with i = j or i = k, or of examples equal to x_i, count as 0.
+    The teacher gets no gradient. Cosines at x_i to itself or its equals count as 0.
 
     Raises:
       ValueError: not the same N, or N < 3.

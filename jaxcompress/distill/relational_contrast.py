@@ -53,8 +53,13 @@ def crd_init(
     memory_s, memory_t = (
         unit(jax.random.normal(k, (examples, width), jnp.float32), _FLOOR) for k in keys[2:]
     )
-    zero = jnp.zeros((), jnp.float32)
-    memory = CRDMemory(memory_s, memory_t, zero, zero, jnp.zeros((), bool))
+    memory = CRDMemory(
+        student=memory_s,
+        teacher=memory_t,
+        log_z_student=jnp.zeros((), jnp.float32),
+        log_z_teacher=jnp.zeros((), jnp.float32),
+        ready=jnp.zeros((), bool),
+    )
     return CRDProjections(*projections), memory
 
 
