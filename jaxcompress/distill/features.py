@@ -121,7 +121,7 @@ def vid(student: Array, teacher: Array, raw_variance: Array, *, per_example: boo
       ValueError: the channels of the three differ, or the axes.
 
     Source: Ahn et al. 2019, Variational information distillation for knowledge transfer, arXiv
-    1904.05835, equations 4 to 6.
+    1904.05835, and its code.
 
     >>> loss = vid(jnp.ones((2, 3)), jnp.zeros((2, 3)), vid_variance(3, initial=1.0))
     >>> print(loss.round(4))
@@ -155,7 +155,7 @@ def hierarchical_context(student: Array, teacher: Array, *, per_example: bool = 
       ValueError: the shapes differ or are not [N, H, W, C].
 
     Source: Chen et al. 2021, Distilling knowledge via knowledge review, arXiv 2104.09044,
-    section 3.3. What it does not do: the attention-based fusion (ABF), which is a network.
+    section 3. What it does not do: the attention-based fusion (ABF), which is a network.
 
     >>> print(hierarchical_context(jnp.ones((1, 8, 8, 2)), jnp.zeros((1, 8, 8, 2))))
     1.0

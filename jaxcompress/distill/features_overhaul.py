@@ -23,7 +23,7 @@ def ofd_margin(scale: Array, bias: Array) -> Array:
       ValueError: not two arrays [C] of one shape.
 
     Source: Heo et al. 2019, A comprehensive overhaul of feature distillation, arXiv 1904.01866,
-    equation 2.
+    section 3.
 
     >>> round(float(ofd_margin(jnp.ones(1), jnp.zeros(1))[0]), 4)  # -sqrt(2 / pi)
     -0.7979
@@ -64,7 +64,7 @@ def overhaul(
       ValueError: not as many of each, or shapes of a layer that do not fit, with its number.
 
     Source: Heo et al. 2019, A comprehensive overhaul of feature distillation, arXiv 1904.01866,
-    equations 1 and 3; the weights 2^(i - L) are those of its code.
+    section 3; the weights 2^(i - L) are those of its code.
 
     >>> student, teacher = jnp.array([[-2.0, -0.5, 1.0]]), jnp.array([[-3.0, -3.0, 2.0]])
     >>> print(overhaul([student], [teacher], [jnp.full(3, -1.0)]))  # 0 + 0.25 + 1

@@ -63,7 +63,7 @@ def mlp_projector(width: int, *, hidden: int | None = None) -> Projector:
     Raises:
       ValueError: a width is below 1; (at apply) features of other channels than at init.
 
-    Source: Ahn et al. 2019, Variational information distillation, arXiv 1904.05835, section 3.
+    Source: Ahn et al. 2019, Variational information distillation, arXiv 1904.05835.
     """
     hidden = width if hidden is None else hidden
     _check_width(min(width, hidden))

@@ -41,7 +41,7 @@ def similarity_preserving(student: Array, teacher: Array) -> Array:
       ValueError: not the same N.
 
     Source: Tung and Mori 2019, Similarity-preserving knowledge distillation, arXiv 1907.09682,
-    equations 2 to 4.
+    section 3.
 
     >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
     >>> print(similarity_preserving(3 * x, x).round(6))
@@ -67,7 +67,7 @@ def rkd_distance(student: Array, teacher: Array) -> Array:
     Raises:
       ValueError: not the same N, or N < 2.
 
-    Source: Park et al. 2019, Relational knowledge distillation, arXiv 1904.05068, equations 5 to 7.
+    Source: Park et al. 2019, Relational knowledge distillation, arXiv 1904.05068, section 3.
 
     >>> x = jnp.array([[0.0, 0.0], [3.0, 4.0], [6.0, 0.0]])
     >>> print(rkd_distance(2 * x + 1, x).round(6))
@@ -97,8 +97,8 @@ def rkd_angle(student: Array, teacher: Array) -> Array:
     Raises:
       ValueError: not the same N, or N < 3.
 
-    Source: Park et al. 2019, Relational knowledge distillation, arXiv 1904.05068, equations 8 and
-    9, the mean over all triples as in its code.
+    Source: Park et al. 2019, Relational knowledge distillation, arXiv 1904.05068, section 3, the
+    mean over all triples as in its code.
 
     >>> x = jnp.array([[0.0, 0.0], [3.0, 4.0], [6.0, 0.0]])
     >>> print(rkd_angle(2 * x + 1, x).round(6))
@@ -129,7 +129,7 @@ def pkt(student: Array, teacher: Array, *, epsilon: float | Array = 1e-7) -> Arr
       ValueError: not the same N.
 
     Source: Passalis and Tefas 2018, Learning deep representations with probabilistic knowledge
-    transfer, arXiv 1803.10837, equations 5 to 7, the mean over N^2 as in its code.
+    transfer, arXiv 1803.10837, section 3, the mean over N^2 as in its code.
 
     >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
     >>> print(pkt(x * jnp.array([[2.0], [3.0]]), x).round(6))

@@ -41,8 +41,8 @@ def minilm_relation(
     Raises:
       ValueError: shapes that do not fit, a mask that is not [B, T].
 
-    Source: Wang et al. 2020, MiniLM, arXiv 2002.10957, equations 4 to 8; MiniLMv2, arXiv
-    2012.15828, section 3.
+    Source: Wang et al. 2020, MiniLM, arXiv 2002.10957, section 3; MiniLMv2, arXiv 2012.15828,
+    section 3.
 
     >>> x = jnp.eye(2).reshape(1, 1, 2, 2)
     >>> print(minilm_relation(-x, x))

@@ -127,8 +127,8 @@ def crd(
       ValueError: not the same B; features of other shapes than at `crd_init`; a Python temperature
         not above 0.
 
-    Source: Tian et al. 2020, Contrastive representation distillation, arXiv 1910.10699, equations
-    16 to 19, memories and normalizers as in its code.
+    Source: Tian et al. 2020, Contrastive representation distillation, arXiv 1910.10699, section 3,
+    memories and normalizers as in its code.
     """
     check_same_examples(student, teacher)
     if indices.shape != student.shape[:1] or negatives.ndim != 2 or len(negatives) != len(student):
