@@ -56,7 +56,8 @@ def rkd_distance(student: Array, teacher: Array) -> Array:
     """mean over i, j of huber(d_s / mean d_s - d_t / mean d_t), d = |x_i - x_j|.
 
     The mean distance is over i != j. 0 where the student's embedding is the teacher's, rotated,
-    shifted, scaled, in however many dimensions. The usual weight is 25.
+    shifted, scaled, in however many dimensions. The usual weight is 25. Needs N^2 D
+    numbers at once.
 
     Args:
       student, teacher: [N, ...] embeddings, flattened, any float dtype; the loss is float32.
