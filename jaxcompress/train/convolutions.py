@@ -101,7 +101,8 @@ def _backward(strides, padding, residuals, cotangent):
     rows = [a.reshape(n // chunk, chunk, *a.shape[1:]) for a in (x, cotangent)]
 
     def add(total, pair):
-        return total + _kernel_gradient(*pair, kernel.shape, strides, padding), None
+        x, dy = pair
+        return total + _kernel_gradient(x, dy, kernel.shape, strides, padding), None
 
     return dx, lax.scan(add, jnp.zeros_like(kernel), rows)[0]
 
