@@ -30,6 +30,7 @@ from experiments.benchmarks import formats as formats_benchmark
 from experiments.benchmarks import gptq as gptq_benchmark
 from experiments.benchmarks import shrink as shrink_benchmark
 from experiments.benchmarks import stream as stream_benchmark
+from experiments.benchmarks import train_step as train_step_benchmark
 
 pytestmark = pytest.mark.broad
 
@@ -261,3 +262,12 @@ def test_embeddings_survive_pruning_with_calibration(capsys):
     row = call(prune_minilm, "prune_minilm", capsys)
     assert row["sparsegpt50_sparsity_percent"] == pytest.approx(50, abs=0.1)
     assert {"dense_spearman", "wanda50_spearman", "magnitude50_spearman"} <= set(row)
+
+
+@needs_cifar
+def test_the_benchmark_of_the_train_step_times_all_its_parts(capsys):
+    row = call(train_step_benchmark, "train_step", capsys)
+    assert {"plain_s", "teacher_s", "compressed_s", "composed_s"} <= set(row)
+    assert row["overhead_over_plain_plus_teacher"] == pytest.approx(
+        row["composed_s"] / (row["plain_s"] + row["teacher_s"])
+    )
