@@ -2,13 +2,14 @@
 
 A sort of 10 million floats moves them dozens of times and, on a sharded array, across devices.
 Counting reads them in place, so the only thing that crosses devices is a scalar. Two facts make
-it quick: floats compare like integers after one subtraction (`order_bits`), and a variadic
-reduction counts three thresholds in one pass over memory, which is two bits of the answer.
+it quick: floats compare like integers after one subtraction (`order_bits`), and on one device a
+variadic reduction counts three thresholds in one pass over memory, which is two bits of the answer.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -75,13 +76,21 @@ def flat_index(x: Array, start: Array) -> Array:
     return index
 
 
-def count_true(predicates: Sequence[Array]) -> Sequence[Array]:
-    """Number of True entries of each of several arrays of one shape, in one pass; int32 scalars."""
+def count_true(predicates: Sequence[Array], *, one_pass: bool | None = None) -> Sequence[Array]:
+    """Number of True entries of each of several arrays of one shape; int32 scalars.
+
+    Args:
+      predicates: bool [...].
+      one_pass: count them all in one variadic reduction. On a CPU a sum each would be one pass over
+        memory each; but over several devices XLA gathers the counts of a variadic reduction, and
+        adds up those of single ones in one all-reduce. None: True if there is one device.
+    """
     ones = tuple(jnp.atleast_1d(p).astype(np.int32) for p in predicates)
-    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
     axes = tuple(range(ones[0].ndim))
-    # One variadic reduction: a sum per predicate would be one pass over memory each.
-    return lax.reduce(ones, (np.int32(0),) * len(ones), add, axes)
+    if jax.device_count() == 1 if one_pass is None else one_pass:
+        add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
+        return lax.reduce(ones, (np.int32(0),) * len(ones), add, axes)
+    return [lax.reduce(x, np.int32(0), lax.add, axes) for x in ones]
 
 
 def search(count: Count, *, low: Array, high: Array, size: Array, keep: Array) -> Found:

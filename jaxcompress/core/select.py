@@ -4,7 +4,7 @@ Every pruning criterion ends here: given scores and a number of weights to keep,
 answer is that of a stable descending argsort, bit for bit, but found by counting (counting.py):
 17 reads of float32 scores, and one more per two bits of their number if there are ties to break;
 no copy of the scores, the same code per leaf and globally, and on sharded scores no traffic between
-devices but three counts a device and read.
+devices but the sum of three counts per read.
 """
 
 import functools
