@@ -30,6 +30,7 @@ from jaxcompress.quantize.ptq import (
     round_to_nearest,
     smooth_quant,
 )
+from jaxcompress.quantize.qat import lsq, lsq_activations
 from jaxcompress.quantize.weights import fake_quant, weights
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "hqq",
     "integer_only",
     "kl",
+    "lsq",
+    "lsq_activations",
     "min_max",
     "moving_average",
     "mse",

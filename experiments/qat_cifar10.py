@@ -1,0 +1,224 @@
+"""Question: what do few bits cost a trained ResNet-20 if weights and activations are trained?
+
+    python -m experiments.qat_cifar10 --json
+
+ResNet-20 with BatchNorm folded, from the trained weights, 10,000 test images. Weights per output
+channel and activations per tensor have step sizes that are trained (LSQ), started at the least
+squares; the first and the last layer have 8 bits, as in the papers. SGD with Nesterov momentum and
+a cosine learning rate on shifted and mirrored training images. Each width is trained on the labels,
+and on labels and a ResNet-32 ("_distilled"), with the same batches. `init_` is the accuracy before
+training, the curve the one after each part of the run. On two CPU cores a step of 128 images takes
+about 0.6 s, 0.8 s with the teacher; no run may take more than --minutes of training.
+Result: experiments/results/qat_cifar10.json.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxcompress as jc
+from experiments._plot import plot
+from experiments._report import Options, Report, run, write_json
+from experiments.data import cifar10_normalise, load_cifar10
+from experiments.evaluate import top1
+from experiments.models import resnet_cifar
+from experiments.training import batches, mirror_augment
+
+FIRST, LAST = "conv1/kernel", "linear/kernel"
+RUNS = ("w4a4", "w2a2", "w4a4_distilled", "w2a2_distilled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Options):
+    """Options."""
+
+    runs: tuple[str, ...] = RUNS
+    """Which of them."""
+    epochs_w4a4: float = 2.0
+    """Epochs, or a part of one."""
+    epochs_w2a2: float = 4.0
+    """Epochs, or a part of one."""
+    learning_rate: float = 0.02
+    """At the start; it falls to 0 along a cosine."""
+    step_rate: float = 0.1
+    """Learning rate of step sizes, relative to that of the weights."""
+    minutes: float = 40.0
+    """At most, of training; what is left of the epochs is not trained."""
+    batch: int = 128
+    """Images of a step."""
+    parts: int = 4
+    """Points of the curve."""
+
+
+class Setup:
+    """Data and the two trained networks."""
+
+    def __init__(self, args: Args):
+        self.train, self.test = load_cifar10("train"), load_cifar10("test")
+        if args.short:
+            (x, y), (u, v) = self.train, self.test
+            self.train, self.test = (x[:256], y[:256]), (u[:200], v[:200])
+        self.student, self.params = folded(20)
+        self.teacher, self.teacher_params = folded(32)
+
+
+def folded(depth: int) -> tuple[Any, Any]:
+    """A trained network with BatchNorm folded, on bytes; and its parameters."""
+    variables = resnet_cifar.load_pretrained(depth)
+    fn = resnet_cifar.folded_apply_fn(depth)
+    params = jax.tree.map(jnp.asarray, resnet_cifar.fold_batch_norm(variables))
+    return lambda params, images: fn(params, cifar10_normalise(images)), params
+
+
+def recipe_for(bits: int) -> jc.Compressor:
+    """LSQ for all kernels, one step per output channel."""
+    rule = lambda bits: jc.quantize.lsq(bits, axis=-1, calibrate=jc.quantize.mse())
+    return jc.by_path({f"{FIRST}|{LAST}": rule(8), ".*kernel": rule(bits)}, default=jc.identity())
+
+
+def optimizer(args: Args, total: int) -> optax.GradientTransformation:
+    """SGD, its learning rate a cosine; no weight decay on steps and biases."""
+    decayed = lambda trainable: jax.tree.map(lambda w: w.ndim > 1, trainable)
+
+    def sgd(factor: float) -> optax.GradientTransformation:
+        rate = optax.cosine_decay_schedule(factor * args.learning_rate, total)
+        return optax.sgd(rate, momentum=0.9, nesterov=True)
+
+    return optax.chain(
+        optax.clip_by_global_norm(5.0),
+        optax.partition(
+            {
+                "params": optax.chain(optax.add_decayed_weights(1e-4, mask=decayed), sgd(1.0)),
+                "learned": sgd(args.step_rate),
+            },
+            jc.train.label_learned,
+        ),
+    )
+
+
+def trained(args: Args, report: Report, setup: Setup, name: str) -> dict[str, Any]:
+    """One run: accuracy before, along and after training, and the bytes of what ships."""
+    bits, distilled = int(name[1]), name.endswith("_distilled")
+    epochs = args.epochs_w2a2 if bits == 2 else args.epochs_w4a4
+    size = 64 if args.short else args.batch
+    total = 4 if args.short else max(round(epochs * (len(setup.train[0]) // size)), 1)
+    recipe, tx = recipe_for(bits), optimizer(args, total)
+    widths = {f"{FIRST}|{LAST}": 8, ".*": bits}
+    act = jc.quantize.lsq_activations(setup.student, widths, calibrate=jc.quantize.mse())
+    view = recipe.apply(setup.params, recipe.init(setup.params))
+    state = jc.train.create(
+        setup.params, recipe, tx, activations=act.init(view, setup.train[0][:256])
+    )
+    step = jc.train.make_step(
+        jc.train.stateless(setup.student),
+        tx,
+        recipe=recipe,
+        teacher=setup.teacher if distilled else None,
+        loss=jc.train.hinton_loss(temperature=1.0, kd_weight=0.9, ce_weight=0.1),
+        activations=act._replace(train=jc.train.fast_kernel_gradients(act.train)),
+    )
+
+    def accuracy(state: Any) -> float:
+        packed = recipe.pack(state.params, state.compress)
+        run = jax.tree_util.Partial(act.apply, act.grids(state.activations), jc.unpack(packed))
+        return top1(run, *setup.test)
+
+    row: dict[str, Any] = {"init": accuracy(state), "curve": []}
+    teacher_params = setup.teacher_params if distilled else ()
+    augment, root = jax.jit(mirror_augment), jax.random.key(args.seed)
+    every = batches(*setup.train, size=size, epochs=int(epochs) + 1, seed=args.seed)
+    marks = {round(total * (k + 1) / args.parts) for k in range(args.parts)}
+    spent, start = 0.0, time.perf_counter()
+    stream = itertools.islice(every, total)
+    done = 0
+    for images, labels in report.progress(stream, name, total=total):
+        images = augment(jax.random.fold_in(root, done), images)
+        state, metrics = step(state, teacher_params, (images, labels))
+        done += 1
+        if done in marks or done % 16 == 0:
+            jax.block_until_ready(metrics)
+            late = spent + time.perf_counter() - start > 60 * args.minutes
+            if done in marks or late:
+                spent += time.perf_counter() - start
+                row["curve"].append((done, accuracy(state)))
+                start = time.perf_counter()
+            if late:
+                break
+    packed = recipe.pack(state.params, state.compress)
+    row |= {"top1": row["curve"][-1][1], "minutes": spent / 60, "steps": done, "planned": total}
+    return {**row, "bytes": jc.packed_bytes((packed, act.grids(state.activations)))}
+
+
+class Runs:
+    """Runs that are done, in a file of --out that grows with every one."""
+
+    def __init__(self, args: Args):
+        self.path = Path(args.out) / "qat_cifar10_runs.json" if args.out else None
+        self.args, self.done = args, {}
+        if self.path is not None and self.path.exists():
+            self.done = json.loads(self.path.read_text())
+
+    def get(self, report: Report, setup: Setup, name: str) -> dict[str, Any]:
+        """A run, from the file if it is there."""
+        a = self.args
+        epochs = a.epochs_w2a2 if name.startswith("w2a2") else a.epochs_w4a4
+        key = f"{name} epochs={epochs:g} rate={a.learning_rate:g} batch={a.batch} steps={a.step_rate:g} seed={a.seed}"
+        key += " short" if a.short else ""
+        if key not in self.done:
+            self.done[key] = trained(a, report, setup, name)
+            report.console.print(f"{key}: {self.done[key]}")
+            if self.path is not None:
+                write_json(self.path, self.done)
+        return self.done[key]
+
+
+def main(args: Args, report: Report) -> dict[str, Any]:
+    """All runs."""
+    unknown = set(args.runs) - set(RUNS)
+    if unknown:
+        raise ValueError(f"unknown --runs {sorted(unknown)}; known: {', '.join(RUNS)}")
+    positive = (args.epochs_w4a4, args.epochs_w2a2, args.minutes, args.batch, args.parts)
+    if min(positive) <= 0:
+        raise ValueError("--epochs-w4a4, --epochs-w2a2, --minutes, --batch, --parts: positive")
+    setup, runs = Setup(args), Runs(args)
+    figures: dict[str, Any] = {
+        "float32_top1_percent": top1(
+            jax.tree_util.Partial(setup.student, setup.params), *setup.test
+        ),
+        "teacher_top1_percent": top1(
+            jax.tree_util.Partial(setup.teacher, setup.teacher_params), *setup.test
+        ),
+    }
+    rows, curves = [], {}
+    for name in args.runs:
+        row = runs.get(report, setup, name)
+        figures[f"{name}_top1_percent"] = row["top1"]
+        figures[f"{name}_init_top1_percent"] = row["init"]
+        figures[f"{name}_minutes"], figures[f"{name}_steps"] = row["minutes"], row["steps"]
+        figures[f"{name}_packed_bytes"] = row["bytes"]
+        curves[name] = [(0, row["init"]), *row["curve"]]
+        for number, (step, accuracy) in enumerate(row["curve"], 1):
+            figures[f"{name}_curve{number}_steps"] = step
+            figures[f"{name}_curve{number}_top1_percent"] = accuracy
+        rows.append((name, row["init"], row["top1"], row["steps"], row["minutes"]))
+    columns = ("run", "top-1 % before", "after", "steps", "minutes")
+    report.table("ResNet-20, CIFAR-10, LSQ", columns, rows)
+    if args.out is not None:
+        with plot(Path(args.out) / "qat_cifar10.png") as ax:
+            for name, curve in curves.items():
+                ax.plot(*zip(*curve, strict=True), "o-", label=name)
+            ax.axhline(figures["float32_top1_percent"], color="k", lw=0.8, ls="--", label="float32")
+            ax.set(xlabel="steps", ylabel="top-1 %", title="ResNet-20, CIFAR-10, LSQ")
+            ax.legend()
+    return figures
+
+
+if __name__ == "__main__":
+    run(main, "qat_cifar10")
