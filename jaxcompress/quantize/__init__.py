@@ -30,7 +30,6 @@ from jaxcompress.quantize.ptq import (
     round_to_nearest,
     smooth_quant,
 )
-from jaxcompress.quantize.qat import lsq, lsq_activations
 from jaxcompress.quantize.weights import fake_quant, weights
 
 __all__ = [
@@ -54,8 +53,6 @@ __all__ = [
     "hqq",
     "integer_only",
     "kl",
-    "lsq",
-    "lsq_activations",
     "min_max",
     "moving_average",
     "mse",

@@ -25,8 +25,7 @@ _TENSOR = Granularity()
 class ActivationQuantizer(NamedTuple):
     """Quantizes what enters the contractions of `apply_fn`, without touching the model.
 
-    `stats` is {tap name: statistics}; inside a scan they have one row per layer. A quantizer that
-    learns (`lsq_activations`) has a `CompressState` in their place.
+    `stats` is {tap name: statistics}; inside a scan they have one row per layer.
 
     Attributes:
       init: (params, *inputs) -> empty stats.
@@ -36,11 +35,11 @@ class ActivationQuantizer(NamedTuple):
       train: (stats, params, *inputs) -> (outputs, stats): observes and fake-quantizes in one pass.
     """
 
-    init: Callable[..., Any]
-    observe: Callable[..., Any]
-    grids: Callable[[Any], dict[str, Grid]]
+    init: Callable[..., dict[str, Any]]
+    observe: Callable[..., dict[str, Any]]
+    grids: Callable[[dict[str, Any]], dict[str, Grid]]
     apply: Callable[..., Any]
-    train: Callable[..., tuple[Any, Any]]
+    train: Callable[..., tuple[Any, dict[str, Any]]]
 
 
 def with_activations(apply_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,17 +12,10 @@ from jaxcompress.core.paths import leaves_with_paths
 
 
 class Trainable(NamedTuple):
-    """What Optax updates: the params, and what is learned beside them.
-
-    Attributes:
-      params: the dense float parameters.
-      learned: of the compressor: step sizes, thresholds.
-      activations: of the activation quantizer: step sizes, clipping levels.
-    """
+    """What Optax updates: the params, and what the compressor learns beside them."""
 
     params: Any
     learned: Any
-    activations: Any = ()
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +29,7 @@ class TrainState:
       compress: state of the compressor (masks, scales, learned steps).
       opt: state of the Optax optimizer, over `Trainable`.
       model_state: what the forward pass changes (BatchNorm statistics).
-      activations: range statistics of the activation quantizer; a `CompressState` where it learns.
+      activations: range statistics of the activation quantizer.
       distill: state of distillation losses (projectors, memories).
       ema: moving average of the params.
     """
@@ -53,24 +46,6 @@ class TrainState:
     def replace(self, **changes: Any) -> "TrainState":
         """A copy with some fields changed."""
         return replace(self, **changes)
-
-    @property
-    def trainable(self) -> Trainable:
-        """What Optax updates."""
-        acts = self.activations
-        learned = acts.learned if isinstance(acts, CompressState) else ()
-        return Trainable(self.params, self.compress.learned, learned)
-
-    def with_trainable(self, new: Trainable) -> "TrainState":
-        """The state with these in their places; it may be called while tracing a gradient."""
-        acts = self.activations
-        if isinstance(acts, CompressState):
-            acts = acts._replace(learned=new.activations)
-        return self.replace(
-            params=new.params,
-            compress=self.compress._replace(learned=new.learned),
-            activations=acts,
-        )
 
 
 def create(
@@ -100,27 +75,14 @@ def create(
                 f"{getattr(leaf, 'dtype', type(leaf).__name__)}; keep it in model_state"
             )
     params = jax.tree.map(jnp.array, params)
-    state = TrainState(
+    compress = jax.tree.map(jnp.array, recipe.init(params))
+    return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        compress=jax.tree.map(jnp.array, recipe.init(params)),
-        opt=(),
+        compress=compress,
+        opt=tx.init(Trainable(params, compress.learned)),
         model_state=jax.tree.map(jnp.array, model_state),
         activations=jax.tree.map(jnp.array, activations),
         distill=jax.tree.map(jnp.array, distill),
         ema=jax.tree.map(jnp.array, params) if with_ema else (),
     )
-    return state.replace(opt=tx.init(state.trainable))
-
-
-def label_learned(trainable: Trainable) -> Trainable:
-    """ "params" or "learned" for every leaf: groups for `optax.partition`.
-
-    Step sizes want no weight decay and often a learning rate of their own.
-
-    >>> labels = label_learned(Trainable({"w": 1.0}, {"w": 0.1}))
-    >>> labels.params, labels.learned
-    ({'w': 'params'}, {'w': 'learned'})
-    """
-    labels = jax.tree.map(lambda _: "learned", trainable)
-    return labels._replace(params=jax.tree.map(lambda _: "params", trainable.params))

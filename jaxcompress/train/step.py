@@ -12,7 +12,7 @@ from jaxcompress.core.compressor import Compressor, identity, is_absent
 from jaxcompress.distill.logits import kd
 from jaxcompress.prune.state import masks as find_masks
 from jaxcompress.quantize.activations import ActivationQuantizer
-from jaxcompress.train.state import TrainState
+from jaxcompress.train.state import Trainable, TrainState
 
 Number = Any  # a Python number, a traced scalar, or a schedule step -> number
 
@@ -118,8 +118,7 @@ def make_step(
     accepts_masks = _accepts(tx.update, "masks")
 
     def objective(trainable, state, teacher_params, inputs, labels):
-        state = state.with_trainable(trainable)
-        view = recipe.apply(state.params, state.compress)
+        view = recipe.apply(trainable.params, state.compress._replace(learned=trainable.learned))
         if activations is None:
             outputs, model_state = forward(view, state.model_state, inputs)
             statistics = state.activations
@@ -137,22 +136,28 @@ def make_step(
         _check(state, activations, ema_decay)
         if recipe_sees == "params":
             state = state.replace(compress=recipe.update(state.params, state.compress))
-        trainable = state.trainable
+        trainable = Trainable(state.params, state.compress.learned)
         (value, (metrics, model_state, statistics)), grads = jax.value_and_grad(
             objective, has_aux=True
         )(trainable, state, teacher_params, inputs, labels)
         if recipe_sees == "gradients":
             compress = recipe.update(state.params, state.compress, grads=grads.params)
             state = state.replace(compress=compress)
-        everything = jax.tree.map(lambda _: jnp.ones((), bool), trainable)
-        kept = everything._replace(params=find_masks(state.compress, state.params))
+        kept = Trainable(
+            find_masks(state.compress, state.params),
+            jax.tree.map(lambda _: jnp.ones((), bool), trainable.learned),
+        )
         extra = {"masks": kept} if accepts_masks else {}
         updates, opt = tx.update(grads, state.opt, trainable, **extra)
         new: Any = optax.apply_updates(trainable, updates)
         state = state.replace(
-            step=state.step + 1, opt=opt, model_state=model_state, activations=statistics
+            step=state.step + 1,
+            params=new.params,
+            compress=state.compress._replace(learned=new.learned),
+            opt=opt,
+            model_state=model_state,
+            activations=statistics,
         )
-        state = state.with_trainable(new)
         if ema_decay is not None:
             ema = optax.incremental_update(state.params, state.ema, 1.0 - ema_decay)
             state = state.replace(ema=ema)
