@@ -47,6 +47,13 @@ def _weights(format, axis=None, group=None, block=None, breaks=None, **options):
     )
 
 
+def _learned(make, bits, axis=None, group=None, **options):
+    return Case(
+        lambda: make(bits, axis=axis, group=group, **options),
+        _everywhere(integer(bits), axis, group),
+    )
+
+
 NOT_ON_THE_GRID = {7: "a number of the grid may be an ulp beside it, and then rounds at random"}
 
 
@@ -94,6 +101,9 @@ REGISTRY = {
     "int4_stochastic": _weights(
         integer(4), -1, rounding=formats.stochastic, breaks=NOT_ON_THE_GRID
     ),
+    "lsq2": _learned(quantize.lsq, 2),
+    "lsq4_channel": _learned(quantize.lsq, 4, -1),
+    "lsq_plus3_group": _learned(quantize.lsq_plus, 3, -1, 7, narrow=True),
     "magnitude_layer": Case(lambda: jc.prune.magnitude(0.6)),
     "magnitude_global": Case(lambda: jc.prune.magnitude(0.6, scope="global")),
     "magnitude_cubic": Case(lambda: jc.prune.magnitude(jc.prune.cubic(0.2, 0.9, start=1, end=3))),
@@ -162,6 +172,13 @@ REGISTRY = {
         ),
         lambda path: (integer(8), None, None) if "kernel" in path or path == "empty" else None,
     ),
+    "prune_then_lsq": Case(
+        lambda: jc.chain(
+            jc.prune.magnitude(jc.prune.cubic(0.3, 0.8, start=0, end=4)),
+            jc.by_path({".*kernel": quantize.lsq(4, axis=-1)}, default=jc.identity()),
+        ),
+        _kernels(integer(4), -1, None),
+    ),
     "prune_then_quantize": Case(
         lambda: _recipe(first="prune", scope="global"), _kernels(integer(4), -1, None)
     ),
@@ -174,7 +191,7 @@ REGISTRY = {
 # On every interpreter; the others on one.
 EVERYWHERE = frozenset(
     """identity int4_channel uint4_group mxfp4 magnitude_global magnitude_cubic 2:4 random rigl l0
-    by_path partition prune_then_quantize""".split()
+    by_path partition prune_then_quantize prune_then_lsq""".split()
 )
 CASES = [
     pytest.param(name, marks=() if name in EVERYWHERE else pytest.mark.broad) for name in REGISTRY

@@ -30,12 +30,14 @@ from jaxcompress.quantize.ptq import (
     round_to_nearest,
     smooth_quant,
 )
+from jaxcompress.quantize.qat import LearnedStep, lsq, lsq_activations, lsq_plus
 from jaxcompress.quantize.weights import fake_quant, weights
 
 __all__ = [
     "ActivationQuantizer",
     "Calibrator",
     "IntegerProgram",
+    "LearnedStep",
     "MinMax",
     "Spec",
     "activations",
@@ -53,6 +55,9 @@ __all__ = [
     "hqq",
     "integer_only",
     "kl",
+    "lsq",
+    "lsq_activations",
+    "lsq_plus",
     "min_max",
     "moving_average",
     "mse",
