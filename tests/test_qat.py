@@ -19,7 +19,7 @@ def lsq_reference(v, s, qn, qp):
     u = v / s
     value = s * np.round(np.clip(u, -qn, qp))
     inside = (u >= -qn) & (u <= qp)
-    slope = np.where(inside, np.round(u) - u, np.where(u < -qn, -qn, qp))
+    slope = np.where((u > -qn) & (u < qp), np.round(u) - u, np.where(u <= -qn, -qn, qp))
     return value, inside.astype(float), slope
 
 

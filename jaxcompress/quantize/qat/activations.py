@@ -16,13 +16,13 @@ from jaxcompress.quantize.activations import (
     fresh_state,
     with_activations,
 )
-from jaxcompress.quantize.calibrate import MinMax, extremes, known, min_max, refuse_non_finite
+from jaxcompress.quantize.calibrate import Calibrator, known, min_max, refuse_non_finite
 
 
 class Moments(NamedTuple):
     """Statistics of the batches that the learned parameters start from."""
 
-    extremes: MinMax
+    ranges: Any  # of the rule's calibrator
     mean_size: Array  # float32, mean |x|
     batches: Array  # int32
 
@@ -38,41 +38,31 @@ class Rule(NamedTuple):
     """How one activation is quantized; arrays have the shape of its scales, [1, ..., 1].
 
     Attributes:
-      start: Moments -> learned parameters; inside scans with leading axes.
-      signed: Moments -> bool.
+      start: (Moments, signed) -> learned parameters; inside scans with leading axes.
       snap: (x, learned, signed) -> x on its grid, differentiable.
       grid: (learned, signed) -> Grid, with the numbers of `snap`.
+      calibrate: statistics that `start` needs; what was below zero is signed.
     """
 
     start: Callable[[Moments, Array], Any]
-    signed: Callable[[Moments], Array]
     snap: Callable[[Array, Any, Array], Array]
     grid: Callable[[Any, Array], Grid]
+    calibrate: Calibrator = min_max()
 
 
-def _empty(shape: tuple[int, ...]) -> Moments:
-    zeros = jnp.zeros(shape, jnp.float32)
-    return Moments(min_max().init(shape), zeros, jnp.zeros(shape, jnp.int32))
-
-
-def _see(x: Array, old: Moments) -> Moments:
+def _see(calibrate: Calibrator, x: Array, old: Moments) -> Moments:
     axes = tuple(range(x.ndim))
-    new = extremes(x, axes=axes)
+    ranges = calibrate.update(old.ranges, x, axes=axes, where=None)
     size = jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / max(x.size, 1)
     batches = old.batches + 1
     # every batch counts the same: mean <- mean + (new - mean) / batches
     mean = old.mean_size + (size - old.mean_size) / batches.astype(jnp.float32)
-    return Moments(min_max().merge(old.extremes, new), mean, batches)
-
-
-def below_zero(moments: Moments) -> Array:
-    """Whether an activation was below zero in any batch."""
-    return moments.extremes.low < 0
+    return Moments(ranges, mean, batches)
 
 
 def mean_size(moments: Moments) -> Array:
     """mean |x|; NaN where a number was not finite."""
-    return known(moments.mean_size, moments.extremes)
+    return known(moments.mean_size, moments.ranges)
 
 
 def learned_activations(
@@ -93,7 +83,12 @@ def learned_activations(
     Raises:
       ValueError: (at init) `sites` matches nothing; NaN or Inf in an activation, with its name.
     """
-    seeing = jax.jit(walk(apply_fn, lambda tap, x, moments: (x, _see(x, moments))))
+    calibrate = rule.calibrate
+    seeing = jax.jit(walk(apply_fn, lambda tap, x, moments: (x, _see(calibrate, x, moments))))
+
+    def blank(shape):
+        zeros = jnp.zeros(shape, jnp.float32)
+        return Moments(calibrate.init(shape), zeros, jnp.zeros(shape, jnp.int32))
 
     def visit(tap, x, state):
         return rule.snap(x, state.learned, state.buffers.signed), state
@@ -103,7 +98,7 @@ def learned_activations(
     def started(moments, kept):
         learned, buffers = {}, {}
         for name, seen in moments.items():
-            signed = rule.signed(seen)
+            signed = seen.ranges.low < 0
             refuse_non_finite(f"activations of {name!r}", mean_size(seen))
             learned[name] = rule.start(seen, signed)
             buffers[name] = LearnedRange(signed, kept[name])
@@ -111,7 +106,7 @@ def learned_activations(
 
     def init(params, *inputs):
         chosen = chosen_taps(trace(apply_fn, params, *inputs).taps, sites)
-        empty = {tap.name: fresh_state(tap, _empty) for tap in chosen}
+        empty = {tap.name: fresh_state(tap, blank) for tap in chosen}
         return started(seeing(empty, params, *inputs)[1], kept=empty)
 
     def observe(state, params, *inputs):

@@ -31,6 +31,7 @@ def lsq(
     group: int | None = None,
     block: int | tuple[int, ...] | None = None,
     narrow: bool = False,
+    from_bits: int | None = None,
 ) -> Compressor:
     """Weights on an integer grid whose step is learned, in `CompressState.learned`.
 
@@ -47,6 +48,8 @@ def lsq(
       bits: 2 to 8; a traced number where nothing is packed.
       axis, group, block: which weights share a step, as in `quantize.weights`.
       narrow: leave out the lowest code, -Q_N = -Q_P; the paper's Q_N is Q_P + 1.
+      from_bits: where bits change in training, those that the learned step is for; in use is
+        sqrt(Q_P(from_bits) / Q_P(bits)) times it, as the step at the start would have it.
 
     Raises:
       ValueError: bits below 2; (at init, eager) NaN or Inf in a leaf, with the path.
@@ -59,7 +62,8 @@ def lsq(
     >>> packed_bytes(comp.pack(params, comp.init(params)))  # 16 codes of half a byte, two steps
     16
     """
-    return learned_steps(_format("lsq", bits, narrow), axis, group, block, start=mean_size_step)
+    format, start = _format("lsq", bits, narrow), mean_size_step
+    return learned_steps(format, axis, group, block, start=start, from_bits=from_bits)
 
 
 def lsq_plus(
@@ -92,22 +96,26 @@ def learned_steps(
     block: int | tuple[int, ...] | None = None,
     *,
     start: Callable[[Array, Granularity, Any], Array],
+    from_bits: int | None = None,
 ) -> Compressor:
     """A Compressor with a learned step per block; start(w, where, Q_P) -> its first steps."""
     where = granularity_for(format, axis, group, block)
     largest = format.bounds[1]
+    first = largest if from_bits is None else integer(from_bits).bounds[1]
+    wider = None if from_bits is None else _widened(from_bits, format.bits)
 
     def qparams(w, state):
         if not isinstance(state.learned, LearnedStep):
             raise ValueError("the state holds no learned steps: it was made by another compressor")
         blocks = math.prod(where.scale_shape(w.shape))
         factor = step_gradient_factor(w.size // max(blocks, 1), largest)
-        step = positive(state.learned.step, smallest_scale(w.dtype))
+        step = state.learned.step if wider is None else wider * state.learned.step
+        step = positive(step, smallest_scale(w.dtype))
         return QParams(scale_gradient(step, factor))
 
     def init(w):
         refuse_non_finite("an array to quantize", w)
-        step = start(w, where, jnp.maximum(jnp.asarray(largest, jnp.float32), 1.0))
+        step = start(w, where, jnp.maximum(jnp.asarray(first, jnp.float32), 1.0))
         return CompressState(learned=LearnedStep(step))
 
     def apply(w, state):
@@ -118,6 +126,13 @@ def learned_steps(
         return quantize(w, qparams(w, state), format=format, granularity=where)
 
     return per_leaf(init, apply, pack=pack)
+
+
+def _widened(from_bits: int, bits: Any) -> Any:
+    # sqrt(Q_P(from_bits) / Q_P(bits)); from a table, so that traced bits give the same number
+    codes = np.maximum(2.0 ** (np.arange(9) - 1) - 1, 1.0)
+    table = np.sqrt(codes[from_bits] / codes).astype(np.float32)
+    return table[bits] if isinstance(bits, int) else jnp.take(jnp.asarray(table), bits)
 
 
 def mean_size_step(w: Array, where: Granularity, largest: Array) -> Array:

@@ -1,24 +1,30 @@
-"""Learned step sizes of activations: LSQ."""
+"""Learned step sizes of activations, LSQ, and offsets too, LSQ+."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.packed import Grid
-from jaxcompress.formats import Integer, QParams, integer
-from jaxcompress.formats.scales import smallest_scale
+from jaxcompress.formats import Integer, QParams, clip_ste, integer, uniform_codes
+from jaxcompress.formats.scales import finite, smallest_scale
 from jaxcompress.quantize.activations import ActivationQuantizer
+from jaxcompress.quantize.calibrate import Calibrator, check_calibrator
+from jaxcompress.quantize.clipping import mse
 from jaxcompress.quantize.qat.activations import (
     Rule,
-    below_zero,
     features,
     learned_activations,
     mean_size,
 )
-from jaxcompress.quantize.qat.gradients import positive, scale_gradient, step_gradient_factor
+from jaxcompress.quantize.qat.gradients import (
+    offset_ste,
+    positive,
+    scale_gradient,
+    step_gradient_factor,
+)
 from jaxcompress.quantize.qat.lsq import LearnedStep
 
 
@@ -84,4 +90,64 @@ def lsq_activations(
     def grid(learned, signed):
         return Grid(qparams(learned, signed), format)
 
-    return learned_activations(apply_fn, Rule(start, below_zero, snap, grid), sites=sites)
+    return learned_activations(apply_fn, Rule(start, snap, grid), sites=sites)
+
+
+class StepOffset(NamedTuple):
+    """What LSQ+ trains of an activation."""
+
+    step: Array  # float32 [1, ..., 1]; max(|step|, the smallest float) is used
+    offset: Array  # float32 [1, ..., 1], the low end; a whole number of steps is used
+
+
+def lsq_plus_activations(
+    apply_fn: Callable[..., Any],
+    bits: int,
+    *,
+    sites: str = ".*",
+    calibrate: Calibrator | None = None,
+) -> ActivationQuantizer:
+    """`lsq_activations` with a learned offset beside each step, for activations such as swish.
+
+    x^ = s round(clip((x - beta) / s, 0, Q_P)) + beta, Q_P = 2**bits - 1, with the gradients of
+    `gradients.offset_ste`, both times 1 / sqrt(N Q_P). Here beta is rounded to a whole number of
+    steps, -zero_point * s, and lies in [-Q_P s, 0]: so zero is exact, padding and masks too, and
+    the grid ships as integers with a zero point. Rounding it is straight through; an offset
+    outside that interval moves back only with the gradient of what is clipped.
+
+    Args:
+      apply_fn, bits, sites: as of `lsq_activations`.
+      calibrate: finds the range that step and offset start from; default `mse()`, least squares.
+
+    Source: Bhalgat et al. 2020, LSQ+, arXiv 2004.09576, section 3.
+    """
+    format = activation_format("lsq_plus_activations", bits)
+    check_calibrator(calibrate)
+    calibrate, smallest = calibrate or mse(), smallest_scale(jnp.float32)
+    top = jnp.asarray(format.bounds[1], jnp.float32)
+
+    def start(moments, signed):
+        del signed
+        found = format.qparams(*calibrate.range(moments.ranges, format))
+        return StepOffset(found.scale, -found.zero_point.astype(jnp.float32) * found.scale)
+
+    def qparams(learned):
+        step = positive(learned.step, smallest)
+        # zero point = clip(round(-beta / s), 0, Q_P)
+        steps = jnp.round(-jax.lax.stop_gradient(learned.offset / step))
+        return QParams(step, clip_ste(steps, 0.0, top).astype(jnp.uint8))
+
+    def snap(x, learned, signed):
+        del signed
+        step, zero = qparams(learned)
+        low = -zero.astype(jnp.float32)
+        levels = uniform_codes(x, jax.lax.stop_gradient(step), low, low + top)
+        factor = step_gradient_factor(features(x), top)
+        step, offset = (scale_gradient(p, factor) for p in (step, learned.offset))
+        return finite(offset_ste(x, step, offset, levels, low, low + top), x.dtype)
+
+    def grid(learned, signed):
+        del signed
+        return Grid(qparams(learned), format)
+
+    return learned_activations(apply_fn, Rule(start, snap, grid, calibrate), sites=sites)
