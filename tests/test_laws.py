@@ -22,6 +22,7 @@ import jaxcompress as jc
 import jaxcompress.prune as P
 from jaxcompress import formats, quantize
 from jaxcompress.formats import fixed_point, granularity_for, integer, predicted_bytes, row_bytes
+from jaxcompress.quantize.qat.dorefa import dorefa_format
 
 
 class Case(NamedTuple):
@@ -44,6 +45,16 @@ def _weights(format, axis=None, group=None, block=None, breaks=None, **options):
         lambda: quantize.weights(format, axis=axis, group=group, block=block, **options),
         _everywhere(format, axis, group, block),
         breaks or {},
+    )
+
+
+_UINT4 = integer(4, symmetric=False)
+
+
+def _learned(make, bits, axis=None, group=None, **options):
+    return Case(
+        lambda: make(bits, axis=axis, group=group, **options),
+        _everywhere(bits if bits is _UINT4 else integer(bits), axis, group),
     )
 
 
@@ -94,6 +105,39 @@ REGISTRY = {
     "int4_stochastic": _weights(
         integer(4), -1, rounding=formats.stochastic, breaks=NOT_ON_THE_GRID
     ),
+    "lsq2": _learned(quantize.lsq, 2),
+    "lsq4_channel": _learned(quantize.lsq, 4, -1),
+    "lsq_plus3_group": _learned(quantize.lsq_plus, 3, -1, 7, narrow=True),
+    "ema_uint4_group": _learned(
+        lambda bits, **options: quantize.ema_ranges(_UINT4, decay=0.5, **options), _UINT4, -1, 8
+    ),
+    "annealed": Case(
+        lambda: quantize.annealed_bits(
+            lambda bits: quantize.weights(integer(bits), axis=-1), lambda step: 8 - step
+        ),
+        _everywhere(integer(8), -1),
+    ),
+    "annealed_lsq": Case(
+        lambda: quantize.annealed_bits(
+            lambda bits: quantize.lsq(bits, axis=-1, from_bits=8), lambda step: 8 - 2 * step
+        ),
+        _everywhere(integer(8), -1),
+    ),
+    "a2q8": Case(
+        lambda: quantize.a2q(8, accumulator_bits=14, input_bits=8),
+        _everywhere(integer(8), -1),
+        {7: "the l1 norm that truncation made smaller is restored"},
+    ),
+    "ttq_channel": Case(lambda: quantize.ttq(axis=-1), _everywhere(formats.ternary_ttq(), -1)),
+    "dorefa3": Case(
+        lambda: quantize.dorefa(3),
+        _everywhere(dorefa_format(3)),
+        {7: "tanh is applied to what it gave"},
+    ),
+    "dorefa1": Case(lambda: quantize.dorefa(1), _everywhere(formats.binary())),
+    "twn": Case(quantize.twn, _everywhere(formats.ternary())),
+    "bitnet_b158": Case(quantize.bitnet_b158, _everywhere(formats.ternary_absmean())),
+    "xnor": Case(quantize.xnor, _everywhere(formats.binary(), -1)),
     "magnitude_layer": Case(lambda: jc.prune.magnitude(0.6)),
     "magnitude_global": Case(lambda: jc.prune.magnitude(0.6, scope="global")),
     "magnitude_cubic": Case(lambda: jc.prune.magnitude(jc.prune.cubic(0.2, 0.9, start=1, end=3))),
@@ -162,6 +206,13 @@ REGISTRY = {
         ),
         lambda path: (integer(8), None, None) if "kernel" in path or path == "empty" else None,
     ),
+    "prune_then_lsq": Case(
+        lambda: jc.chain(
+            jc.prune.magnitude(jc.prune.cubic(0.3, 0.8, start=0, end=4)),
+            jc.by_path({".*kernel": quantize.lsq(4, axis=-1)}, default=jc.identity()),
+        ),
+        _kernels(integer(4), -1, None),
+    ),
     "prune_then_quantize": Case(
         lambda: _recipe(first="prune", scope="global"), _kernels(integer(4), -1, None)
     ),
@@ -174,7 +225,7 @@ REGISTRY = {
 # On every interpreter; the others on one.
 EVERYWHERE = frozenset(
     """identity int4_channel uint4_group mxfp4 magnitude_global magnitude_cubic 2:4 random rigl l0
-    by_path partition prune_then_quantize""".split()
+    by_path partition prune_then_quantize prune_then_lsq""".split()
 )
 CASES = [
     pytest.param(name, marks=() if name in EVERYWHERE else pytest.mark.broad) for name in REGISTRY

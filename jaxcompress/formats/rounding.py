@@ -111,8 +111,9 @@ def scaled_ste(x: Array, scale: Array, levels: Array, low: Array, high: Array) -
     """levels * scale, float32, where `levels` are x / scale on a grid that ends at low and high.
 
     d/dx = 1 where low <= x / scale <= high, else 0, exactly;
-    d/dscale = level - x / scale inside and the bound outside (Esser et al. 2019, Learned Step Size
-    Quantization, arXiv 1902.08153, eq. 3). Levels and bounds get no gradient.
+    d/dscale = level - x / scale between the ends, and the bound at them and outside (Esser et al.
+    2019, Learned Step Size Quantization, arXiv 1902.08153, eq. 3). Levels and bounds get no
+    gradient.
 
     >>> x, one = jnp.array([0.3, 9.0]), jnp.float32(1.0)
     >>> print(jax.grad(lambda x: jnp.sum(scaled_ste(x, one, jnp.round(x), -one, one)))(x))
@@ -128,7 +129,7 @@ def _scaled_ste_jvp(primals, tangents):
     dx, dscale = tangents[0].astype(jnp.float32), tangents[1]
     scaled = over_scale(x, scale)
     inside = (scaled >= low) & (scaled <= high)
-    slope = levels - jnp.where(inside, scaled, 0.0)
+    slope = levels - jnp.where((scaled > low) & (scaled < high), scaled, 0.0)
     return levels * scale, jnp.where(inside, dx, 0.0) + slope * dscale
 
 

@@ -51,7 +51,7 @@ def absmax_scale(span: Array, steps: Any, *, unit: float = 1.0, dtype: Any = jnp
     # XLA divides by a constant through its reciprocal; written so, jit and eager agree.
     static = isinstance(steps, int | float)
     inverse = np.float32(unit / steps) if static else unit / steps.astype(jnp.float32)
-    scale = jnp.maximum(span * inverse, _smallest_scale(dtype))
+    scale = jnp.maximum(span * inverse, smallest_scale(dtype))
     # A few roundings: as many ulps more where the end of the range would fall off the grid.
     for _ in range(3):
         short = span * (unit / scale) > jnp.asarray(steps, jnp.float32)
@@ -59,8 +59,8 @@ def absmax_scale(span: Array, steps: Any, *, unit: float = 1.0, dtype: Any = jnp
     return scale
 
 
-def _smallest_scale(dtype: Any) -> float:
-    # Below this the grid's numbers fall into the subnormals of dtype (flushed, or too coarse).
+def smallest_scale(dtype: Any) -> float:
+    """Below this a grid's numbers fall into the subnormals of dtype (flushed, or too coarse)."""
     info = jnp.finfo(dtype)
     if info.bits == 16 and info.nexp == 5:  # float16 keeps its subnormals
         return 2 * float(info.smallest_subnormal)

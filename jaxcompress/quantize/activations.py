@@ -25,21 +25,24 @@ _TENSOR = Granularity()
 class ActivationQuantizer(NamedTuple):
     """Quantizes what enters the contractions of `apply_fn`, without touching the model.
 
-    `stats` is {tap name: statistics}; inside a scan they have one row per layer.
+    `stats` is {tap name: statistics}; inside a scan they have one row per layer. A quantizer that
+    learns (`lsq_activations`) has a `CompressState` of two such dicts instead.
 
     Attributes:
-      init: (params, *inputs) -> empty stats.
+      init: (params, *inputs) -> empty stats; one that learns starts from these inputs.
       observe: (stats, params, *inputs) -> stats; one jitted pass over a batch.
       grids: stats -> {tap name: Grid}: what ships beside the packed weights.
       apply: (grids, params, *inputs) -> outputs with fake-quantized activations.
       train: (stats, params, *inputs) -> (outputs, stats): observes and fake-quantizes in one pass.
+      apply_fn: what it was built on.
     """
 
-    init: Callable[..., dict[str, Any]]
-    observe: Callable[..., dict[str, Any]]
-    grids: Callable[[dict[str, Any]], dict[str, Grid]]
+    init: Callable[..., Any]
+    observe: Callable[..., Any]
+    grids: Callable[[Any], dict[str, Grid]]
     apply: Callable[..., Any]
-    train: Callable[..., tuple[Any, dict[str, Any]]]
+    train: Callable[..., tuple[Any, Any]]
+    apply_fn: Callable[..., Any] | None = None
 
 
 def with_activations(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +52,8 @@ def with_activations(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda grids, params, *inputs: walked(grids, params, *inputs)[0]
 
 
-def _chosen(taps: tuple[Tap, ...], sites: str) -> list[Tap]:
+def chosen_taps(taps: tuple[Tap, ...], sites: str) -> list[Tap]:
+    """The taps whose names match the regular expression `sites`; ValueError if none does."""
     try:
         chosen = [tap for tap in taps if re.fullmatch(sites, tap.name)]
     except re.error as error:
@@ -61,6 +65,14 @@ def _chosen(taps: tuple[Tap, ...], sites: str) -> list[Tap]:
             f"{', '.join(near_misses(sites, names) or names[:3]) or 'there are none'}"
         )
     return chosen
+
+
+def fresh_state(tap: Tap, empty: Callable[[tuple[int, ...]], Any]) -> Any:
+    """empty(shape of a tap's scales: one per tensor), one row for every trip of the scans around"""
+    state = empty(_TENSOR.scale_shape(tap.aval.shape))
+    for length in reversed(tap.site.loops):
+        state = jax.tree.map(lambda s, n=length: jnp.broadcast_to(s, (n, *s.shape)), state)
+    return state
 
 
 def activations(
@@ -85,16 +97,9 @@ def activations(
     check_calibrator(calibrate)
     calibrate = calibrate or min_max()
 
-    def fresh(tap):
-        shape = _TENSOR.scale_shape(tap.aval.shape)
-        state = calibrate.init(shape)
-        for length in reversed(tap.site.loops):
-            state = jax.tree.map(lambda s, n=length: jnp.broadcast_to(s, (n, *s.shape)), state)
-        return state
-
     def init(params, *inputs):
-        chosen = _chosen(trace(apply_fn, params, *inputs).taps, sites)
-        return {tap.name: fresh(tap) for tap in chosen}
+        chosen = chosen_taps(trace(apply_fn, params, *inputs).taps, sites)
+        return {tap.name: fresh_state(tap, calibrate.init) for tap in chosen}
 
     def see(x, state):
         return calibrate.update(state, x, axes=tuple(range(x.ndim)), where=None)
@@ -124,6 +129,7 @@ def activations(
         grids=grids,
         apply=with_activations(apply_fn),
         train=training,
+        apply_fn=apply_fn,
     )
 
 

@@ -12,10 +12,35 @@ from jaxcompress.core.paths import leaves_with_paths
 
 
 class Trainable(NamedTuple):
-    """What Optax updates: the params, and what the compressor learns beside them."""
+    """What Optax updates: the params, and what is learned beside them."""
 
     params: Any
-    learned: Any
+    learned: Any  # by the compressor
+    activations: Any = ()  # by the activation quantizer
+
+
+def learned_activations(activations: Any) -> Any:
+    """What Optax trains of an activation quantizer's state; `()` where all are statistics."""
+    return activations.learned if isinstance(activations, CompressState) else ()
+
+
+def label_learned(trainable: Trainable) -> Any:
+    """Labels for `optax.multi_transform`: "learned" for quantizers' parameters, else "params".
+
+    Learned steps and clips want a learning rate of their own and seldom weight decay.
+
+    >>> tx = optax.multi_transform(
+    ...     {"params": optax.adamw(1e-3), "learned": optax.adam(1e-4)}, label_learned
+    ... )
+    >>> label_learned(Trainable({"w": 1.0}, {"w": 2.0}))
+    Trainable(params={'w': 'params'}, learned={'w': 'learned'}, activations=())
+    """
+
+    def label(field, part):
+        name = "learned" if field in ("learned", "activations") else "params"
+        return jax.tree.map(lambda _: name, part)
+
+    return Trainable(*(label(*part) for part in zip(trainable._fields, trainable, strict=True)))
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +54,7 @@ class TrainState:
       compress: state of the compressor (masks, scales, learned steps).
       opt: state of the Optax optimizer, over `Trainable`.
       model_state: what the forward pass changes (BatchNorm statistics).
-      activations: range statistics of the activation quantizer.
+      activations: state of the activation quantizer: range statistics, or a `CompressState`.
       distill: state of distillation losses (projectors, memories).
       ema: moving average of the params.
     """
@@ -76,13 +101,14 @@ def create(
             )
     params = jax.tree.map(jnp.array, params)
     compress = jax.tree.map(jnp.array, recipe.init(params))
+    activations = jax.tree.map(jnp.array, activations)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         compress=compress,
-        opt=tx.init(Trainable(params, compress.learned)),
+        opt=tx.init(Trainable(params, compress.learned, learned_activations(activations))),
         model_state=jax.tree.map(jnp.array, model_state),
-        activations=jax.tree.map(jnp.array, activations),
+        activations=activations,
         distill=jax.tree.map(jnp.array, distill),
         ema=jax.tree.map(jnp.array, params) if with_ema else (),
     )

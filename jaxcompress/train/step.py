@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.core.compressor import Compressor, identity, is_absent
+from jaxcompress.core.compressor import Compressor, CompressState, identity, is_absent
 from jaxcompress.distill.logits import kd
 from jaxcompress.prune.state import masks as find_masks
 from jaxcompress.quantize.activations import ActivationQuantizer
-from jaxcompress.train.state import Trainable, TrainState
+from jaxcompress.train.state import Trainable, TrainState, learned_activations
 
 Number = Any  # a Python number, a traced scalar, or a schedule step -> number
 
@@ -74,6 +74,11 @@ def _check(state: TrainState, activations: Any, ema_decay: float | None) -> None
         )
 
 
+def _with_learned(activations: Any, learned: Any) -> Any:
+    learns = isinstance(activations, CompressState)
+    return activations._replace(learned=learned) if learns else activations
+
+
 def make_step(
     forward: Callable[..., tuple[Any, Any]],
     tx: optax.GradientTransformation,
@@ -99,8 +104,9 @@ def make_step(
       loss: (outputs, labels, teacher_outputs, step) -> (scalar, metrics); default
         `hinton_loss()`.
       teacher: (teacher_params, inputs) -> outputs; None: no teacher, pass () for its params.
-      activations: built on (params, inputs) -> outputs of the same network; it then replaces
-        `forward`, and model state does not change.
+      activations: built on `forward` itself, or on (params, inputs) -> outputs of the same
+        network; it then replaces `forward`, and in the second case model state does not change.
+        What it learns (steps, clips) is trained beside the params.
       ema_decay: decay of `state.ema` (create it with `with_ema=True`).
       recipe_sees: "params": the recipe's `update` comes first, as said, without gradients.
         "gradients": it comes after the loss and before the optimizer, with the gradients by the
@@ -123,8 +129,13 @@ def make_step(
             outputs, model_state = forward(view, state.model_state, inputs)
             statistics = state.activations
         else:
-            outputs, statistics = activations.train(state.activations, view, inputs)
-            model_state = state.model_state
+            quantizer = _with_learned(state.activations, trainable.activations)
+            if activations.apply_fn is forward:
+                both, statistics = activations.train(quantizer, view, state.model_state, inputs)
+                outputs, model_state = both
+            else:
+                outputs, statistics = activations.train(quantizer, view, inputs)
+                model_state = state.model_state
         known = None
         if teacher is not None:
             known = jax.lax.stop_gradient(teacher(teacher_params, inputs))
@@ -136,7 +147,9 @@ def make_step(
         _check(state, activations, ema_decay)
         if recipe_sees == "params":
             state = state.replace(compress=recipe.update(state.params, state.compress))
-        trainable = Trainable(state.params, state.compress.learned)
+        trainable = Trainable(
+            state.params, state.compress.learned, learned_activations(state.activations)
+        )
         (value, (metrics, model_state, statistics)), grads = jax.value_and_grad(
             objective, has_aux=True
         )(trainable, state, teacher_params, inputs, labels)
@@ -145,7 +158,7 @@ def make_step(
             state = state.replace(compress=compress)
         kept = Trainable(
             find_masks(state.compress, state.params),
-            jax.tree.map(lambda _: jnp.ones((), bool), trainable.learned),
+            *jax.tree.map(lambda _: jnp.ones((), bool), trainable[1:]),
         )
         extra = {"masks": kept} if accepts_masks else {}
         updates, opt = tx.update(grads, state.opt, trainable, **extra)
@@ -156,7 +169,7 @@ def make_step(
             compress=state.compress._replace(learned=new.learned),
             opt=opt,
             model_state=model_state,
-            activations=statistics,
+            activations=_with_learned(statistics, new.activations),
         )
         if ema_decay is not None:
             ema = optax.incremental_update(state.params, state.ema, 1.0 - ema_decay)
