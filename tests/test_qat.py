@@ -267,3 +267,26 @@ def test_bad_arguments_and_data_are_refused_by_name():
     comp = quantize.lsq(4)
     with pytest.raises(ValueError, match="the state holds no learned steps"):
         comp.apply(params, quantize.weights(integer(4)).init(params))
+
+
+def test_steps_start_from_a_calibrator_and_rules_give_bits():
+    rng = np.random.default_rng(3)
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 4), (64, 5)))
+
+    def net(params, x):
+        return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+    params = {"a": w, "b": w.T, "c": w}
+    comp = jc.quantize.lsq(4, calibrate=jc.quantize.min_max())
+    step = comp.init({"w": w}).learned["w"].step
+    np.testing.assert_allclose(np.ravel(step), np.abs(np.asarray(w)).max() / 7, rtol=1e-6)
+
+    act = jc.quantize.lsq_activations(net, {"a": 8, "b": 2}, calibrate=jc.quantize.min_max())
+    state = act.init(params, x)
+    hidden = np.maximum(np.asarray(x) @ np.asarray(w), 0)
+    steps = {name: float(np.ravel(learned.step)[0]) for name, learned in state.learned.items()}
+    wanted = {"a": np.abs(np.asarray(x)).max() / 127, "b": hidden.max() / 3}
+    assert steps == pytest.approx(wanted, rel=1e-5)
+    assert {name: grid.bits for name, grid in act.grids(state).items()} == {"a": 8, "b": 2}
+    with pytest.raises(ValueError, match="lost"):
+        jc.quantize.lsq_activations(net, {"a": 8, "lost": 2}).init(params, x)

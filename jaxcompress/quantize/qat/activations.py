@@ -1,6 +1,8 @@
 """Activations whose grids are learned: what LSQ, LSQ+ and PACT have in common."""
 
-from collections.abc import Callable
+import functools
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ from jax import Array
 
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.packed import Grid
+from jaxcompress.core.paths import match_rules
 from jaxcompress.graph import trace, walk
 from jaxcompress.quantize.activations import (
     ActivationQuantizer,
@@ -66,7 +69,7 @@ def mean_size(moments: Moments) -> Array:
 
 
 def learned_activations(
-    apply_fn: Callable[..., Any], rule: Rule, *, sites: str = ".*"
+    apply_fn: Callable[..., Any], rule: Rule | Mapping[str, Rule], *, sites: str = ".*"
 ) -> ActivationQuantizer:
     """A quantizer with learned parameters, one set per tensor; the state is a `CompressState`.
 
@@ -77,21 +80,30 @@ def learned_activations(
     Args:
       apply_fn: pure, (params, *inputs) -> outputs, or (params, model_state, inputs) -> (outputs,
         model_state), the `forward` of `train.make_step`.
-      rule: what is done with each activation.
+      rule: what is done with each activation; or {regex on names: rule}, the first that matches
+        counts, and what none matches is left alone.
       sites: regex on the names of the contractions (the path of the weight they use).
 
     Raises:
-      ValueError: (at init) `sites` matches nothing; NaN or Inf in an activation, with its name.
+      ValueError: (at init) `sites` or a rule matches nothing; NaN or Inf in an activation, with its
+        name.
     """
-    calibrate = rule.calibrate
-    seeing = jax.jit(walk(apply_fn, lambda tap, x, moments: (x, _see(calibrate, x, moments))))
+    rules = rule if isinstance(rule, Mapping) else {".*": rule}
 
-    def blank(shape):
+    def of(name: str) -> Rule:
+        return next(each for regex, each in rules.items() if re.fullmatch(regex, name))
+
+    def see(tap, x, moments):
+        return x, _see(of(tap.name).calibrate, x, moments)
+
+    seeing = jax.jit(walk(apply_fn, see))
+
+    def blank(calibrate, shape):
         zeros = jnp.zeros(shape, jnp.float32)
         return Moments(calibrate.init(shape), zeros, jnp.zeros(shape, jnp.int32))
 
     def visit(tap, x, state):
-        return rule.snap(x, state.learned, state.buffers.signed), state
+        return of(tap.name).snap(x, state.learned, state.buffers.signed), state
 
     walked = walk(apply_fn, visit)
 
@@ -100,13 +112,18 @@ def learned_activations(
         for name, seen in moments.items():
             signed = seen.ranges.low < 0
             refuse_non_finite(f"activations of {name!r}", mean_size(seen))
-            learned[name] = rule.start(seen, signed)
+            learned[name] = of(name).start(seen, signed)
             buffers[name] = LearnedRange(signed, kept[name])
         return CompressState(learned, buffers)
 
     def init(params, *inputs):
         chosen = chosen_taps(trace(apply_fn, params, *inputs).taps, sites)
-        empty = {tap.name: fresh_state(tap, blank) for tap in chosen}
+        ruled = match_rules(rules, [tap.name for tap in chosen])
+        empty = {
+            tap.name: fresh_state(tap, functools.partial(blank, of(tap.name).calibrate))
+            for tap in chosen
+            if ruled[tap.name] is not None
+        }
         return started(seeing(empty, params, *inputs)[1], kept=empty)
 
     def observe(state, params, *inputs):
@@ -118,7 +135,7 @@ def learned_activations(
         found = {}
         for name, buffers in state.buffers.items():
             refuse_non_finite(f"what {name!r} learned", *jax.tree.leaves(state.learned[name]))
-            found[name] = rule.grid(state.learned[name], buffers.signed)
+            found[name] = of(name).grid(state.learned[name], buffers.signed)
         return found
 
     def train(state, params, *inputs):

@@ -1,6 +1,6 @@
 """Learned step sizes of activations, LSQ, and offsets too, LSQ+."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jaxcompress.core.packed import Grid
 from jaxcompress.formats import Integer, QParams, clip_ste, integer, uniform_codes
 from jaxcompress.formats.scales import finite, smallest_scale
 from jaxcompress.quantize.activations import ActivationQuantizer
-from jaxcompress.quantize.calibrate import Calibrator, check_calibrator
+from jaxcompress.quantize.calibrate import Calibrator, check_calibrator, min_max
 from jaxcompress.quantize.clipping import mse
 from jaxcompress.quantize.qat.activations import (
     Rule,
@@ -48,7 +48,11 @@ def largest_code(format: Integer, signed: Array) -> Array:
 
 
 def lsq_activations(
-    apply_fn: Callable[..., Any], bits: int, *, sites: str = ".*"
+    apply_fn: Callable[..., Any],
+    bits: int | Mapping[str, int],
+    *,
+    sites: str = ".*",
+    calibrate: Calibrator | None = None,
 ) -> ActivationQuantizer:
     """Every contraction's input on an integer grid whose step is learned, one per tensor.
 
@@ -59,11 +63,14 @@ def lsq_activations(
 
     Args:
       apply_fn: pure, (params, *inputs) -> outputs, or the `forward` of `train.make_step`.
-      bits: 2 to 8; a traced number where no grid is shipped.
+      bits: 2 to 8; a traced number where no grid is shipped. Or {regex on names: bits}, the first
+        that matches counts, and what none matches stays as it is.
       sites: regex on the names of the contractions (the path of the weight they use).
+      calibrate: steps start from the range that it finds, `mse()` say, instead.
 
     Raises:
-      ValueError: bits below 2; (at init) `sites` matches nothing; NaN or Inf in an activation.
+      ValueError: bits below 2; (at init) `sites` or a rule matches nothing; NaN or Inf in an
+        activation.
 
     Source: Esser et al. 2019, Learned Step Size Quantization, arXiv 1902.08153, section 2.
 
@@ -72,10 +79,23 @@ def lsq_activations(
     >>> print(state.learned["w"].step)  # 2 * 1 / sqrt(15)
     [[0.5163978]]
     """
+    check_calibrator(calibrate)
+    if isinstance(bits, Mapping):
+        rule = {regex: _lsq_rule(count, calibrate) for regex, count in bits.items()}
+    else:
+        rule = _lsq_rule(bits, calibrate)
+    return learned_activations(apply_fn, rule, sites=sites)
+
+
+def _lsq_rule(bits: Any, calibrate: Calibrator | None) -> Rule:
     format = activation_format("lsq_activations", bits)
     smallest = smallest_scale(jnp.float32)
 
     def start(moments, signed):
+        if calibrate is not None:
+            grids = integer(bits, narrow=False), format
+            steps = (grid.qparams(*calibrate.range(moments.ranges, grid)).scale for grid in grids)
+            return LearnedStep(jnp.where(signed, *steps))
         step = 2.0 * mean_size(moments) * jax.lax.rsqrt(largest_code(format, signed))
         return LearnedStep(jnp.where(step == 0, jnp.ones_like(step), step))
 
@@ -90,7 +110,7 @@ def lsq_activations(
     def grid(learned, signed):
         return Grid(qparams(learned, signed), format)
 
-    return learned_activations(apply_fn, Rule(start, snap, grid), sites=sites)
+    return Rule(start, snap, grid, calibrate or min_max())
 
 
 class StepOffset(NamedTuple):
