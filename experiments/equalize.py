@@ -24,7 +24,7 @@ import jaxcompress as jc
 from experiments._report import Options, Report, run
 from experiments.data import Digits, load_digits_split
 from experiments.evaluate import top1
-from experiments.training import batches, fit
+from experiments.training import fit
 from jaxcompress.graph.absorb import absorbable, rescale
 from jaxcompress.quantize.ptq.equalize import equalize
 from jaxcompress.quantize.ptq.nearest import round_to_nearest
@@ -77,9 +77,15 @@ def train(data: Digits, *, epochs: int, seed: int, report: Report) -> Any:
     count = epochs * (len(data.train_images) // BATCH)
     tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, count))
     step = jc.train.make_step(jc.train.stateless(network()), tx)
-    stream = batches(data.train_images, data.train_labels, size=BATCH, epochs=epochs, seed=seed)
-    stream = report.progress(stream, f"seed {seed}", total=count)
-    return fit(step, jc.train.create(params, jc.identity(), tx), stream, seed=seed).params
+    return fit(
+        step,
+        jc.train.create(params, jc.identity(), tx),
+        (data.train_images, data.train_labels),
+        size=BATCH,
+        steps=count,
+        seed=seed,
+        progress=lambda steps: report.progress(steps, f"seed {seed}"),
+    ).params
 
 
 def misscaled(params: Any, images: np.ndarray, *, exponent: float, seed: int) -> Any:

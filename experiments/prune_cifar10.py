@@ -22,9 +22,7 @@ Result: experiments/results/prune_cifar10.json.
 """
 
 import dataclasses
-import itertools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ from experiments._report import Options, Report, run, write_json
 from experiments.data import cifar10_normalise, load_cifar10
 from experiments.evaluate import top1
 from experiments.models import resnet_cifar
-from experiments.training import batches, fit, mirror_augment
+from experiments.training import fit, mirror_augment
 from jaxcompress.graph import axes
 from jaxcompress.prune.coupled import group_masks
 from jaxcompress.prune.group_scores import group_norms
@@ -117,12 +115,16 @@ class Network:
 
     def tuned(self, step: Any, state: Any, epochs: float, seed: int, name: str) -> Any:
         """The params after fine-tuning."""
-        total, whole = self.total_steps(epochs), math.ceil(epochs)
-        every = batches(*self.train, size=self._batch(), epochs=whole, seed=seed)
-        stream = itertools.islice(every, total)
-        stream = self.report.progress(stream, f"ResNet-{self.depth} {name}", total=total)
         return fit(
-            step, state, stream, teacher_params=self.params, seed=seed, augment=mirror_augment
+            step,
+            state,
+            self.train,
+            size=self._batch(),
+            steps=self.total_steps(epochs),
+            seed=seed,
+            augment=mirror_augment,
+            teacher_params=self.params,
+            progress=lambda steps: self.report.progress(steps, f"ResNet-{self.depth} {name}"),
         ).params
 
     def masked(self, kind: str, ratio: int, epochs: float, seed: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ from experiments._report import Options, Report, run, write_json
 from experiments.data import Digits, load_digits_split
 from experiments.evaluate import top1
 from experiments.models import digits
-from experiments.training import batches, fit
+from experiments.training import fit
 
 BATCH = 64
 LEARNING_RATE = 4e-3
@@ -138,9 +138,17 @@ def train_dense(model: Any, data: Digits, *, epochs: int, seed: int, report: Rep
     tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, count))
     step = jc.train.make_step(jc.train.stateless(apply_fn), tx, **teacher)
     state = jc.train.create(params, jc.identity(), tx)
-    stream = batches(data.train_images, data.train_labels, size=BATCH, epochs=epochs, seed=seed)
-    stream = report.progress(stream, "student" if teacher else "teacher", total=count)
-    return fit(step, state, stream, teacher_params=teacher_params, seed=seed).params
+    name = "student" if teacher else "teacher"
+    return fit(
+        step,
+        state,
+        (data.train_images, data.train_labels),
+        size=BATCH,
+        steps=count,
+        seed=seed,
+        teacher_params=teacher_params,
+        progress=lambda steps: report.progress(steps, name),
+    ).params
 
 
 def compress(
@@ -167,23 +175,24 @@ def compress(
         activations=act,
     )
     state = jc.train.create(student.params, recipe, tx, activations=statistics)
-    stream = batches(
-        data.train_images, data.train_labels, size=BATCH, epochs=epochs, seed=args.seed + 2
-    )
     history: list[tuple[int, float]] = []
 
-    def record(index, state):
-        if index % max(count // 60, 1) == 0:
-            view = recipe.apply(state.params, state.compress)
-            history.append((index, jc.prune.sparsity_of(view)))
+    def evaluate(state):
+        zeros = jc.prune.sparsity_of(recipe.apply(state.params, state.compress))
+        history.append((int(state.step), zeros))
+        return {"zeros": zeros}
 
     state = fit(
         step,
         state,
-        report.progress(stream, "compressed student", total=count),
-        teacher_params=teacher.params,
+        (data.train_images, data.train_labels),
+        size=BATCH,
+        steps=count,
         seed=args.seed + 2,
-        on_step=record,
+        teacher_params=teacher.params,
+        evaluate=evaluate,
+        evaluate_every=max(count // 60, 1),
+        progress=lambda steps: report.progress(steps, "compressed student"),
     )
     # Scales belong to the weights they were measured on: refresh them after the last step.
     final = recipe.update(state.params, state.compress)

@@ -23,9 +23,14 @@ def number_at(value: Number, step: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of [B, classes] logits with [B] integer labels, in float32."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    return jnp.mean(losses)
+    """Mean cross-entropy of [B, classes] logits with [B] integer labels, in float32.
+
+    Labels may be float [B, classes] probabilities, as `augment.mixup` makes them.
+    """
+    logits = logits.astype(jnp.float32)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return jnp.mean(optax.softmax_cross_entropy(logits, labels.astype(jnp.float32)))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def hinton_loss(
