@@ -6,6 +6,7 @@ from jaxcompress.quantize.qat.dorefa import (
     dorefa,
     dorefa_activations,
     dorefa_gradients,
+    quantized_gradient,
     quantized_gradients,
 )
 from jaxcompress.quantize.qat.ema import ema_ranges
@@ -37,6 +38,7 @@ __all__ = [
     "lsq_plus",
     "lsq_plus_activations",
     "pact_activations",
+    "quantized_gradient",
     "quantized_gradients",
     "ttq",
     "twn",

@@ -15,6 +15,7 @@ from jaxcompress.formats import (
     Granularity,
     QParams,
     binary,
+    clip_ste,
     codebook,
     identity_ste,
     integer,
@@ -27,6 +28,7 @@ from jaxcompress.quantize.qat.activations import Rule, learned_activations
 from jaxcompress.quantize.weights import weights
 
 _WHOLE = Granularity()
+_ONE = 1.0 + 2.0**-20  # the largest weight may be a rounding above 1, and must get a gradient
 
 
 def dorefa(bits: int) -> Compressor:
@@ -58,7 +60,8 @@ def dorefa(bits: int) -> Compressor:
     def apply(w, state):
         # n = 2**k - 1; 2 round(n (t / 2 + 1/2)) / n - 1 = (2 round(...) - n) / n
         t = jnp.tanh(w.astype(jnp.float32)) * (1.0 / _spread(state.buffers, w.ndim))
-        code = round_ste(steps * (0.5 * jnp.clip(t, -1.0, 1.0) + 0.5))
+        t = clip_ste(t, -_ONE, _ONE)
+        code = round_ste(steps * (0.5 * t + 0.5))
         return finite((2.0 * code - steps) * (1.0 / steps), w.dtype)
 
     def update(w, state, *, grads=None, **extra):

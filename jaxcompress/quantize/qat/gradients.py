@@ -83,20 +83,21 @@ def _offset_ste_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def clip_level_ste(x: Array, scale: Array, levels: Array, low: Array, high: Array) -> Array:
-    """levels * scale, float32, where only what is clipped moves the scale.
+def clip_level_ste(
+    x: Array, clip: Array, scale: Array, levels: Array, low: Array, high: Array
+) -> Array:
+    """levels * scale, float32, with scale = clip / high, where only what is clipped moves the clip.
 
-    d/dx = 1 where low <= x / scale < high, else 0; d/dscale = 0 there and the level else.
-    Source: Choi et al. 2018, PACT, arXiv 1805.06085, section 3, where scale is alpha / high.
+    d/dx = 1 where low <= x / scale and x < clip, else 0; d/dclip = 0 there, else level / high.
+    Source: Choi et al. 2018, PACT, arXiv 1805.06085, section 3.
     """
-    del x, low, high
+    del x, clip, low, high
     return levels * scale
 
 
 @clip_level_ste.defjvp
 def _clip_level_ste_jvp(primals, tangents):
-    x, scale, levels, low, high = primals
-    dx, dscale = (t.astype(jnp.float32) for t in tangents[:2])
-    scaled = over_scale(x, scale)
-    inside = (scaled >= low) & (scaled < high)
-    return levels * scale, jnp.where(inside, dx, levels * dscale)
+    x, clip, scale, levels, low, high = primals
+    dx, dclip = (t.astype(jnp.float32) for t in tangents[:2])
+    inside = (over_scale(x, scale) >= low) & (x.astype(jnp.float32) < clip)
+    return levels * scale, jnp.where(inside, dx, (levels / high) * dclip)

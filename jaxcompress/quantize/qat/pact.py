@@ -66,7 +66,8 @@ def pact_activations(
         scale, zero = qparams(learned, signed)
         low, high = -zero.astype(jnp.float32), largest_code(format, signed)
         levels = uniform_codes(x, jax.lax.stop_gradient(scale), low, high)
-        return finite(clip_level_ste(x, scale, levels, low, high), x.dtype)
+        clip = positive(learned.clip, smallest)
+        return finite(clip_level_ste(x, clip, scale, levels, low, high), x.dtype)
 
     def grid(learned, signed):
         return Grid(qparams(learned, signed), format)
