@@ -13,10 +13,12 @@ than --minutes of training; on two CPU cores that is some 3,500 steps without th
 Result: experiments/results/qat_cifar10.json.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from experiments._report import Options, Report, run, write_json
 from experiments.data import cifar10_normalise, load_cifar10
 from experiments.evaluate import top1
 from experiments.models import resnet_cifar
-from experiments.training import batches, mirror_augment
+from experiments.training import fit, mirror_augment
 
 FIRST, LAST = "conv1/kernel", "linear/kernel"
 RUNS = ("w4a4", "w2a2", "w4a4_distilled", "w2a2_distilled")
@@ -134,6 +136,29 @@ def optimizer(args: Args, learning_rate: float, total: int) -> optax.GradientTra
     )
 
 
+class Clock:
+    """Seconds of training, evaluation left out; ends a run that takes too long."""
+
+    def __init__(self, limit: float):
+        self.limit, self.before, self.start = limit, 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.before + time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time in here does not count."""
+        self.before = self.seconds
+        yield
+        self.start = time.perf_counter()
+
+    def while_left(self, steps: Iterable[int]) -> Iterator[int]:
+        """The steps, as long as there is time."""
+        return itertools.takewhile(lambda _: self.seconds < self.limit, steps)
+
+
 def trained(args: Args, report: Report, setup: Setup, name: str) -> dict[str, Any]:
     """One run: accuracy before, along and after training, and the bytes of what ships."""
     bits, distilled = int(name[1]), name.endswith("_distilled")
@@ -168,28 +193,31 @@ def trained(args: Args, report: Report, setup: Setup, name: str) -> dict[str, An
         return top1(jax.tree_util.Partial(shipped, grids, variables), *setup.test)
 
     row: dict[str, Any] = {"init": accuracy(state), "curve": []}
-    teacher_params = setup.teacher_params if distilled else ()
-    augment, root = jax.jit(mirror_augment), jax.random.key(args.seed)
-    every = batches(*setup.train, size=size, epochs=int(epochs) + 1, seed=args.seed)
-    marks = {round(total * (k + 1) / args.parts) for k in range(args.parts)}
-    spent, start = 0.0, time.perf_counter()
-    stream = itertools.islice(every, total)
-    done = 0
-    for images, labels in report.progress(stream, name, total=total):
-        images = augment(jax.random.fold_in(root, done), images)
-        state, metrics = step(state, teacher_params, (images, labels))
-        done += 1
-        if done in marks or done % 16 == 0:
-            jax.block_until_ready(metrics)
-            late = spent + time.perf_counter() - start > 60 * args.minutes
-            if done in marks or late:
-                spent += time.perf_counter() - start
-                row["curve"].append((done, accuracy(state)))
-                start = time.perf_counter()
-            if late:
-                break
+    clock = Clock(60 * args.minutes)
+
+    def evaluate(state: Any) -> dict[str, float]:
+        with clock.stopped():
+            row["curve"].append((int(state.step), accuracy(state)))
+        return {}
+
+    state = fit(
+        step,
+        state,
+        setup.train,
+        size=size,
+        steps=total,
+        seed=args.seed,
+        augment=mirror_augment,
+        teacher_params=setup.teacher_params if distilled else (),
+        progress=lambda steps: clock.while_left(report.progress(steps, name, total=total)),
+        evaluate=evaluate,
+        evaluate_every=max(total // args.parts, 1),
+    )
+    done = int(state.step)
+    if row["curve"][-1][0] != done:
+        evaluate(state)
     packed = recipe.pack(state.params, state.compress)
-    row |= {"top1": row["curve"][-1][1], "minutes": spent / 60, "steps": done, "planned": total}
+    row |= {"top1": row["curve"][-1][1], "minutes": clock.seconds / 60, "steps": done}
     return {
         **row,
         "bytes": jc.packed_bytes((packed, state.model_state, act.grids(state.activations))),
