@@ -17,23 +17,30 @@ class Trainable(NamedTuple):
     params: Any
     learned: Any  # by the compressor
     activations: Any = ()  # by the activation quantizer
+    distill: Any = ()  # by the loss: projectors, temperatures
 
 
-def learned_activations(activations: Any) -> Any:
-    """What Optax trains of an activation quantizer's state; `()` where all are statistics."""
-    return activations.learned if isinstance(activations, CompressState) else ()
+def learned_part(state: Any) -> Any:
+    """What Optax trains of a quantizer's or loss's state; `()` where all are statistics."""
+    return state.learned if isinstance(state, CompressState) else ()
+
+
+def with_learned(state: Any, learned: Any) -> Any:
+    """The state with this as its learned part, if it has one."""
+    return state._replace(learned=learned) if isinstance(state, CompressState) else state
 
 
 def label_learned(trainable: Trainable) -> Any:
     """Labels for `optax.multi_transform`: "learned" for quantizers' parameters, else "params".
 
-    Learned steps and clips want a learning rate of their own and seldom weight decay.
+    Learned steps and clips want a learning rate of their own and seldom weight decay. What a loss
+    learns, projectors say, counts as params.
 
     >>> tx = optax.multi_transform(
     ...     {"params": optax.adamw(1e-3), "learned": optax.adam(1e-4)}, label_learned
     ... )
     >>> label_learned(Trainable({"w": 1.0}, {"w": 2.0}))
-    Trainable(params={'w': 'params'}, learned={'w': 'learned'}, activations=())
+    Trainable(params={'w': 'params'}, learned={'w': 'learned'}, activations=(), distill=())
     """
 
     def label(field, part):
@@ -55,7 +62,7 @@ class TrainState:
       opt: state of the Optax optimizer, over `Trainable`.
       model_state: what the forward pass changes (BatchNorm statistics).
       activations: state of the activation quantizer: range statistics, or a `CompressState`.
-      distill: state of distillation losses (projectors, memories).
+      distill: `CompressState` of a stateful loss: what it learns (projectors), and its memories.
       ema: moving average of the params.
     """
 
@@ -71,6 +78,25 @@ class TrainState:
     def replace(self, **changes: Any) -> "TrainState":
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    @property
+    def trainable(self) -> Trainable:
+        """What Optax updates."""
+        return Trainable(
+            self.params,
+            self.compress.learned,
+            learned_part(self.activations),
+            learned_part(self.distill),
+        )
+
+    def with_trainable(self, new: Trainable) -> "TrainState":
+        """The state with these in their places."""
+        return self.replace(
+            params=new.params,
+            compress=self.compress._replace(learned=new.learned),
+            activations=with_learned(self.activations, new.activations),
+            distill=with_learned(self.distill, new.distill),
+        )
 
 
 def create(
@@ -100,15 +126,14 @@ def create(
                 f"{getattr(leaf, 'dtype', type(leaf).__name__)}; keep it in model_state"
             )
     params = jax.tree.map(jnp.array, params)
-    compress = jax.tree.map(jnp.array, recipe.init(params))
-    activations = jax.tree.map(jnp.array, activations)
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        compress=compress,
-        opt=tx.init(Trainable(params, compress.learned, learned_activations(activations))),
+        compress=jax.tree.map(jnp.array, recipe.init(params)),
+        opt=(),
         model_state=jax.tree.map(jnp.array, model_state),
-        activations=activations,
+        activations=jax.tree.map(jnp.array, activations),
         distill=jax.tree.map(jnp.array, distill),
         ema=jax.tree.map(jnp.array, params) if with_ema else (),
     )
+    return state.replace(opt=tx.init(state.trainable))

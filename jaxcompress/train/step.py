@@ -12,7 +12,7 @@ from jaxcompress.core.compressor import Compressor, CompressState, identity, is_
 from jaxcompress.distill.logits import kd
 from jaxcompress.prune.state import masks as find_masks
 from jaxcompress.quantize.activations import ActivationQuantizer
-from jaxcompress.train.state import Trainable, TrainState, learned_activations
+from jaxcompress.train.state import TrainState
 
 Number = Any  # a Python number, a traced scalar, or a schedule step -> number
 
@@ -66,7 +66,12 @@ def _accepts(function: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _check(state: TrainState, activations: Any, ema_decay: float | None) -> None:
+def _check(state: TrainState, activations: Any, ema_decay: float | None, stateful: bool) -> None:
+    if stateful and not isinstance(state.distill, CompressState):
+        raise ValueError(
+            "the loss is stateful, but the state has nothing for it: create(..., "
+            "distill=core.CompressState(learned, buffers))"
+        )
     if activations is not None and is_absent(state.activations):
         raise ValueError(
             "activations are quantized, but the state has no statistics of them: "
@@ -79,17 +84,12 @@ def _check(state: TrainState, activations: Any, ema_decay: float | None) -> None
         )
 
 
-def _with_learned(activations: Any, learned: Any) -> Any:
-    learns = isinstance(activations, CompressState)
-    return activations._replace(learned=learned) if learns else activations
-
-
 def make_step(
     forward: Callable[..., tuple[Any, Any]],
     tx: optax.GradientTransformation,
     *,
     recipe: Compressor | None = None,
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None,
+    loss: Callable[..., Any] | None = None,
     teacher: Callable[[Any, Any], Any] | None = None,
     activations: ActivationQuantizer | None = None,
     ema_decay: float | None = None,
@@ -107,7 +107,9 @@ def make_step(
       tx: any optimizer; `prune.masked_optimizer(tx)` keeps pruned weights exactly zero.
       recipe: how params are compressed; default `identity()`.
       loss: (outputs, labels, teacher_outputs, step) -> (scalar, metrics); default
-        `hinton_loss()`.
+        `hinton_loss()`. A loss with an argument `distill` is stateful: it gets `state.distill`, a
+        `CompressState`, and returns (scalar, metrics, buffers); what is learned there (projectors,
+        a temperature) is trained beside the params.
       teacher: (teacher_params, inputs) -> outputs; None: no teacher, pass () for its params.
       activations: built on `forward` itself, or on (params, inputs) -> outputs of the same
         network; it then replaces `forward`, and in the second case model state does not change.
@@ -127,55 +129,49 @@ def make_step(
     recipe = recipe or identity()
     loss = loss or hinton_loss()
     accepts_masks = _accepts(tx.update, "masks")
+    stateful = "distill" in inspect.signature(loss).parameters
 
     def objective(trainable, state, teacher_params, inputs, labels):
-        view = recipe.apply(trainable.params, state.compress._replace(learned=trainable.learned))
+        state = state.with_trainable(trainable)
+        view = recipe.apply(state.params, state.compress)
+        model_state, statistics = state.model_state, state.activations
         if activations is None:
-            outputs, model_state = forward(view, state.model_state, inputs)
-            statistics = state.activations
+            outputs, model_state = forward(view, model_state, inputs)
+        elif activations.apply_fn is forward:
+            both, statistics = activations.train(statistics, view, model_state, inputs)
+            outputs, model_state = both
         else:
-            quantizer = _with_learned(state.activations, trainable.activations)
-            if activations.apply_fn is forward:
-                both, statistics = activations.train(quantizer, view, state.model_state, inputs)
-                outputs, model_state = both
-            else:
-                outputs, statistics = activations.train(quantizer, view, inputs)
-                model_state = state.model_state
+            outputs, statistics = activations.train(statistics, view, inputs)
         known = None
         if teacher is not None:
             known = jax.lax.stop_gradient(teacher(teacher_params, inputs))
-        value, metrics = loss(outputs, labels, known, state.step)
-        return value, (metrics, model_state, statistics)
+        distill = state.distill
+        if stateful:
+            value, metrics, buffers = loss(outputs, labels, known, state.step, distill=distill)
+            distill = distill._replace(buffers=jax.lax.stop_gradient(buffers))
+        else:
+            value, metrics = loss(outputs, labels, known, state.step)
+        changed = {"model_state": model_state, "activations": statistics, "distill": distill}
+        return value, (metrics, changed)
 
     def step(state: TrainState, teacher_params: Any, batch: tuple[Any, Any]):
         inputs, labels = batch
-        _check(state, activations, ema_decay)
+        _check(state, activations, ema_decay, stateful)
         if recipe_sees == "params":
             state = state.replace(compress=recipe.update(state.params, state.compress))
-        trainable = Trainable(
-            state.params, state.compress.learned, learned_activations(state.activations)
+        trainable = state.trainable
+        (value, (metrics, changed)), grads = jax.value_and_grad(objective, has_aux=True)(
+            trainable, state, teacher_params, inputs, labels
         )
-        (value, (metrics, model_state, statistics)), grads = jax.value_and_grad(
-            objective, has_aux=True
-        )(trainable, state, teacher_params, inputs, labels)
         if recipe_sees == "gradients":
             compress = recipe.update(state.params, state.compress, grads=grads.params)
             state = state.replace(compress=compress)
-        kept = Trainable(
-            find_masks(state.compress, state.params),
-            *jax.tree.map(lambda _: jnp.ones((), bool), trainable[1:]),
-        )
+        everything = jax.tree.map(lambda _: jnp.ones((), bool), trainable)
+        kept = everything._replace(params=find_masks(state.compress, state.params))
         extra = {"masks": kept} if accepts_masks else {}
         updates, opt = tx.update(grads, state.opt, trainable, **extra)
         new: Any = optax.apply_updates(trainable, updates)
-        state = state.replace(
-            step=state.step + 1,
-            params=new.params,
-            compress=state.compress._replace(learned=new.learned),
-            opt=opt,
-            model_state=model_state,
-            activations=_with_learned(statistics, new.activations),
-        )
+        state = state.replace(step=state.step + 1, opt=opt, **changed).with_trainable(new)
         if ema_decay is not None:
             ema = optax.incremental_update(state.params, state.ema, 1.0 - ema_decay)
             state = state.replace(ema=ema)
