@@ -211,7 +211,7 @@ def trained(args: Args, report: Report, setup: Setup, name: str) -> dict[str, An
         teacher_params=setup.teacher_params if distilled else (),
         progress=lambda steps: clock.while_left(report.progress(steps, name, total=total)),
         evaluate=evaluate,
-        evaluate_every=max(total // args.parts, 1),
+        evaluate_every=-(-total // args.parts),
     )
     done = int(state.step)
     if row["curve"][-1][0] != done:
