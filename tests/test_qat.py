@@ -252,6 +252,21 @@ def test_layers_of_a_scan_have_their_own_steps_and_gradients():
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
 
 
+def test_a_sharded_batch_gives_the_gradients_of_one_device():
+    params, x = mlp_params(), some_inputs()
+    act = quantize.lsq_activations(mlp, 4)
+    state = act.init(params, x)
+    loss = lambda learned, x: jnp.sum(
+        jnp.square(act.train(state._replace(learned=learned), params, x)[0])
+    )
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    along = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    grad = jax.jit(jax.grad(loss))
+    one, many = (grad(state.learned, batch) for batch in (x, jax.device_put(x, along)))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
 def test_bad_arguments_and_data_are_refused_by_name():
     with pytest.raises(ValueError, match=r"lsq\(bits\): a learned step needs 2 bits"):
         quantize.lsq(1)

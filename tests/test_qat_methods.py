@@ -192,6 +192,16 @@ def test_xnor_has_the_gradient_of_sign_and_mean():
     np.testing.assert_allclose(dw, cotangent * slope, rtol=1e-5)
 
 
+def test_bitnet_activations_have_a_scale_per_token():
+    x = X.at[3].set(0.0)
+    run = quantize.per_token(site, bits=8)
+    size = np.abs(f64(x)).max(1, keepdims=True)
+    scale = np.where(size == 0, 1, size) / 127
+    np.testing.assert_allclose(run(EYE, x), np.round(f64(x) / scale) * scale, rtol=1e-5, atol=1e-6)
+    dx = jax.grad(lambda x: jnp.sum(run(EYE, x) * f32(COTANGENT)))(x)
+    np.testing.assert_allclose(dx, COTANGENT, rtol=1e-6)
+
+
 @pytest.mark.parametrize("make", [quantize.twn, quantize.bitnet_b158])
 def test_ternary_weights_by_name_pass_gradients_straight(make):
     w, cotangent = f32(normal(30, 4)), normal(30, 4, seed=1)
@@ -342,6 +352,25 @@ def test_bits_follow_their_schedule_in_one_program_and_pack_at_their_size():
     assert apply._cache_size() == update._cache_size() == 1  # type: ignore
     with pytest.raises(TypeError, match="pack of annealed bits needs their number"):
         jax.eval_shape(comp.pack, w, state)
+
+
+def test_bits_of_activations_follow_their_schedule_in_one_program():
+    x = jnp.abs(X)
+    uint = lambda bits: integer(bits, symmetric=False)
+    for make in (
+        lambda bits: quantize.pact_activations(site, bits),
+        lambda bits: quantize.activations(site, uint(bits)),
+    ):
+        act = quantize.annealed_activations(make, lambda step: 8 - 3 * step)
+        state, train = act.init(EYE, x), jax.jit(act.train)
+        for bits in (8, 5, 2):
+            assert int(state.buffers.bits) == bits
+            out, state = train(state, EYE, x)
+            scale = f64(x).max() / (2**bits - 1)
+            np.testing.assert_allclose(out, np.round(f64(x) / scale) * scale, rtol=1e-4, atol=1e-5)
+        assert train._cache_size() == 1  # type: ignore
+    grids = act.grids(state._replace(buffers=state.buffers._replace(bits=jnp.int32(4))))
+    assert grids["w"].bits == 4
 
 
 # --- all of them

@@ -139,8 +139,11 @@ def mean_size_step(w: Array, where: Granularity, largest: Array) -> Array:
     """2 mean|w| / sqrt(Q_P) of each block's numbers that are not zero; 1 where all are zero."""
     size, axes = jnp.abs(_blocked(w, where)), where.reduce_axes(w.shape)
     count = jnp.sum(size != 0, axis=axes, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    mean = exact_sum(size, axes=axes) / jnp.maximum(count, 1.0)
-    step = 2.0 * mean * jax.lax.rsqrt(largest)
+    total = exact_sum(size, axes=axes)
+    # No mean is above the largest, but the sum may be above all floats.
+    top = jnp.max(size, axis=axes, keepdims=True, initial=0.0)
+    mean = jnp.minimum(total / jnp.maximum(count, 1.0), top)
+    step = jnp.minimum(mean * (2.0 * jax.lax.rsqrt(largest)), float(jnp.finfo(jnp.float32).max))
     return jnp.where(count == 0, jnp.ones_like(step), step)
 
 
