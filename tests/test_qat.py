@@ -267,6 +267,32 @@ def test_a_sharded_batch_gives_the_gradients_of_one_device():
         np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
+def test_mixed_precision_of_weights_and_activations_by_path():
+    params, x = mlp_params(), some_inputs()
+    recipe = jc.chain(
+        jc.prune.magnitude(0.5),
+        jc.by_path(
+            {"a/kernel": quantize.lsq(8, axis=-1), "b/.*": quantize.lsq(2)}, default=jc.identity()
+        ),
+    )
+    state = recipe.init(params)
+    packed, view = (f(params, state) for f in (recipe.pack, recipe.apply))
+    for name, bits, steps in (("a", 8, 16), ("b", 2, 1)):
+        # one bit per element says which are not zero; then their codes, and the steps
+        w = np.asarray(view[name]["kernel"])
+        codes = -(-np.count_nonzero(w) * bits // 8)
+        assert jc.packed_bytes(packed[name]["kernel"]) == w.size // 8 + codes + 4 * steps
+    act = quantize.lsq_activations(mlp, {"a/.*": 8, ".*": 2})
+    grids = act.grids(act.init(params, x))
+    assert {name: grid.bits for name, grid in grids.items()} == {"a/kernel": 8, "b/kernel": 2}
+    one = quantize.pact_activations(mlp, {"b/kernel": 4})
+    assert set(one.grids(one.init(params, x))) == {"b/kernel"}
+    with pytest.raises(ValueError, match="rule 'c' matches no parameter; nearest"):
+        quantize.lsq_activations(mlp, {"c": 8, ".*": 2}).init(params, x)
+    with pytest.raises(ValueError, match="the keys of bits=.* choose the sites already"):
+        quantize.lsq_activations(mlp, {".*": 8}, sites="a.*")
+
+
 def test_bad_arguments_and_data_are_refused_by_name():
     with pytest.raises(ValueError, match=r"lsq\(bits\): a learned step needs 2 bits"):
         quantize.lsq(1)

@@ -1,5 +1,7 @@
 """LSQ+, PACT, TTQ, DoReFa, XNOR, A2Q, moving ranges, annealed bits: against float64 formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -373,6 +375,22 @@ def test_bits_of_activations_follow_their_schedule_in_one_program():
     assert grids["w"].bits == 4
 
 
+def test_bits_of_dorefa_and_a2q_may_be_traced():
+    w = f32(normal(32, 3))
+
+    @jax.jit
+    def views(bits, wide):
+        bounded = quantize.a2q(bits, accumulator_bits=wide, input_bits=bits)
+        return [c.apply(w, c.init(w)) for c in (quantize.dorefa(bits), bounded)]
+
+    for bits, wide in ((3, 9), (6, 14)):
+        got = views(jnp.int32(bits), jnp.int32(wide))
+        bounded = quantize.a2q(bits, accumulator_bits=wide, input_bits=bits)
+        for view, comp in zip(got, (quantize.dorefa(bits), bounded), strict=True):
+            np.testing.assert_allclose(view, comp.apply(w, comp.init(w)), rtol=1e-5, atol=1e-6)
+    assert views._cache_size() == 1  # type: ignore
+
+
 # --- all of them
 
 WEIGHTS = {
@@ -423,7 +441,10 @@ def optax_mixes_dtypes():
 @pytest.mark.parametrize(
     "weights, activations",
     [
-        (quantize.lsq_plus(2, axis=-1), quantize.lsq_plus_activations),
+        (
+            quantize.lsq_plus(2, axis=-1),
+            functools.partial(quantize.lsq_plus_activations, calibrate=quantize.min_max()),
+        ),
         (quantize.ttq(axis=-1), quantize.pact_activations),
         (
             quantize.a2q(4, accumulator_bits=12, input_bits=4, input_signed=True),

@@ -1,6 +1,6 @@
 """Learned step sizes of activations, LSQ, and offsets too, LSQ+."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,7 @@ def largest_code(format: Integer, signed: Array) -> Array:
 
 
 def lsq_activations(
-    apply_fn: Callable[..., Any], bits: int, *, sites: str = ".*"
+    apply_fn: Callable[..., Any], bits: int | Mapping[str, int], *, sites: str = ".*"
 ) -> ActivationQuantizer:
     """Every contraction's input on an integer grid whose step is learned, one per tensor.
 
@@ -59,11 +59,12 @@ def lsq_activations(
 
     Args:
       apply_fn: pure, (params, *inputs) -> outputs, or the `forward` of `train.make_step`.
-      bits: 2 to 8; a traced number where no grid is shipped.
+      bits: 2 to 8, or {regex on the names of the contractions: bits}, of which the first that
+        matches counts; traced numbers where no grid is shipped.
       sites: regex on the names of the contractions (the path of the weight they use).
 
     Raises:
-      ValueError: bits below 2; (at init) `sites` matches nothing; NaN or Inf in an activation.
+      ValueError: bits below 2; (at init) a regex matches nothing; NaN or Inf in an activation.
 
     Source: Esser et al. 2019, Learned Step Size Quantization, arXiv 1902.08153, section 2.
 
@@ -72,8 +73,11 @@ def lsq_activations(
     >>> print(state.learned["w"].step)  # 2 * 1 / sqrt(15)
     [[0.5163978]]
     """
-    format = activation_format("lsq_activations", bits)
-    smallest = smallest_scale(jnp.float32)
+    return learned_activations(apply_fn, bits, _lsq_rule, sites=sites)
+
+
+def _lsq_rule(bits: Any) -> Rule:
+    format, smallest = activation_format("lsq_activations", bits), smallest_scale(jnp.float32)
 
     def start(moments, signed):
         step = 2.0 * mean_size(moments) * jax.lax.rsqrt(largest_code(format, signed))
@@ -90,7 +94,7 @@ def lsq_activations(
     def grid(learned, signed):
         return Grid(qparams(learned, signed), format)
 
-    return learned_activations(apply_fn, Rule(start, snap, grid), sites=sites)
+    return Rule(start, snap, grid)
 
 
 class StepOffset(NamedTuple):
@@ -102,7 +106,7 @@ class StepOffset(NamedTuple):
 
 def lsq_plus_activations(
     apply_fn: Callable[..., Any],
-    bits: int,
+    bits: int | Mapping[str, int],
     *,
     sites: str = ".*",
     calibrate: Calibrator | None = None,
@@ -121,9 +125,13 @@ def lsq_plus_activations(
 
     Source: Bhalgat et al. 2020, LSQ+, arXiv 2004.09576, section 3.
     """
-    format = activation_format("lsq_plus_activations", bits)
     check_calibrator(calibrate)
-    calibrate, smallest = calibrate or mse(), smallest_scale(jnp.float32)
+    rule_of = lambda bits: _lsq_plus_rule(bits, calibrate or mse())
+    return learned_activations(apply_fn, bits, rule_of, sites=sites)
+
+
+def _lsq_plus_rule(bits: Any, calibrate: Calibrator) -> Rule:
+    format, smallest = activation_format("lsq_plus_activations", bits), smallest_scale(jnp.float32)
     top = jnp.asarray(format.bounds[1], jnp.float32)
 
     def start(moments, signed):
@@ -150,4 +158,4 @@ def lsq_plus_activations(
         del signed
         return Grid(qparams(learned), format)
 
-    return learned_activations(apply_fn, Rule(start, snap, grid, calibrate), sites=sites)
+    return Rule(start, snap, grid, calibrate)
