@@ -68,6 +68,23 @@ def test_lsq_steps_start_where_the_papers_start():
     np.testing.assert_allclose(np.ravel(got), want, rtol=1e-5)
 
 
+def test_steps_may_start_from_a_calibrated_range():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(40, 5)), jnp.float32)
+    comp = quantize.lsq(4, axis=-1, calibrate=quantize.min_max())
+    np.testing.assert_allclose(comp.init(w).learned.step[0], np.abs(f64(w)).max(0) / 7, rtol=1e-6)
+    error = lambda comp: float(jnp.sum(jnp.square(comp.apply(w, comp.init(w)) - w)))
+    assert error(quantize.lsq(2, axis=-1, calibrate=quantize.mse())) < error(
+        quantize.lsq(2, axis=-1)
+    )
+    params, x = mlp_params(), some_inputs()
+    act = quantize.lsq_activations(mlp, 4, calibrate=quantize.min_max())
+    learned = act.init(params, x).learned
+    hidden = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"][None])
+    signed = max(-f64(x).min() / 8, f64(x).max() / 7)
+    np.testing.assert_allclose(learned["a/kernel"].step.item(), signed, rtol=1e-5)
+    np.testing.assert_allclose(learned["b/kernel"].step.item(), f64(hidden).max() / 15, rtol=1e-5)
+
+
 def test_a_step_below_zero_is_used_by_its_magnitude_and_never_stuck():
     comp, w = quantize.lsq(4), jnp.asarray(V, jnp.float32)
     state = comp.init(w)

@@ -14,8 +14,9 @@ from jaxcompress.core.packed import fake_quantize, quantize
 from jaxcompress.formats import Granularity, Integer, QParams, granularity_for, integer
 from jaxcompress.formats.exact import exact_sum
 from jaxcompress.formats.scales import smallest_scale
-from jaxcompress.quantize.calibrate import refuse_non_finite
+from jaxcompress.quantize.calibrate import Calibrator, check_calibrator, refuse_non_finite
 from jaxcompress.quantize.qat.gradients import positive, scale_gradient, step_gradient_factor
+from jaxcompress.quantize.weights import qparams_of
 
 
 class LearnedStep(NamedTuple):
@@ -32,6 +33,7 @@ def lsq(
     block: int | tuple[int, ...] | None = None,
     narrow: bool = False,
     from_bits: int | None = None,
+    calibrate: Calibrator | None = None,
 ) -> Compressor:
     """Weights on an integer grid whose step is learned, in `CompressState.learned`.
 
@@ -50,6 +52,7 @@ def lsq(
       narrow: leave out the lowest code, -Q_N = -Q_P; the paper's Q_N is Q_P + 1.
       from_bits: where bits change in training, those that the learned step is for; in use is
         sqrt(Q_P(from_bits) / Q_P(bits)) times it, as the step at the start would have it.
+      calibrate: `quantize.mse()`, say: steps start from the range it finds, not the paper's rule.
 
     Raises:
       ValueError: bits below 2; (at init, eager) NaN or Inf in a leaf, with the path.
@@ -63,6 +66,10 @@ def lsq(
     16
     """
     format, start = _format("lsq", bits, narrow), mean_size_step
+    check_calibrator(calibrate)
+    if calibrate is not None:
+        first = format if from_bits is None else integer(from_bits, narrow=narrow)
+        start = lambda w, where, _: qparams_of(w, first, where, calibrate=calibrate).scale
     return learned_steps(format, axis, group, block, start=start, from_bits=from_bits)
 
 

@@ -11,7 +11,7 @@ from jaxcompress.core.packed import Grid
 from jaxcompress.formats import Integer, QParams, clip_ste, integer, uniform_codes
 from jaxcompress.formats.scales import finite, smallest_scale
 from jaxcompress.quantize.activations import ActivationQuantizer
-from jaxcompress.quantize.calibrate import Calibrator, check_calibrator
+from jaxcompress.quantize.calibrate import Calibrator, check_calibrator, min_max
 from jaxcompress.quantize.clipping import mse
 from jaxcompress.quantize.qat.activations import (
     Rule,
@@ -48,7 +48,11 @@ def largest_code(format: Integer, signed: Array) -> Array:
 
 
 def lsq_activations(
-    apply_fn: Callable[..., Any], bits: int | Mapping[str, int], *, sites: str = ".*"
+    apply_fn: Callable[..., Any],
+    bits: int | Mapping[str, int],
+    *,
+    sites: str = ".*",
+    calibrate: Calibrator | None = None,
 ) -> ActivationQuantizer:
     """Every contraction's input on an integer grid whose step is learned, one per tensor.
 
@@ -62,6 +66,7 @@ def lsq_activations(
       bits: 2 to 8, or {regex on the names of the contractions: bits}, of which the first that
         matches counts; traced numbers where no grid is shipped.
       sites: regex on the names of the contractions (the path of the weight they use).
+      calibrate: `quantize.mse()`, say: steps start from the range it finds, not the paper's rule.
 
     Raises:
       ValueError: bits below 2; (at init) a regex matches nothing; NaN or Inf in an activation.
@@ -73,14 +78,21 @@ def lsq_activations(
     >>> print(state.learned["w"].step)  # 2 * 1 / sqrt(15)
     [[0.5163978]]
     """
-    return learned_activations(apply_fn, bits, _lsq_rule, sites=sites)
+    check_calibrator(calibrate)
+    rule_of = lambda bits: _lsq_rule(bits, calibrate)
+    return learned_activations(apply_fn, bits, rule_of, sites=sites)
 
 
-def _lsq_rule(bits: Any) -> Rule:
+def _lsq_rule(bits: Any, calibrate: Calibrator | None) -> Rule:
     format, smallest = activation_format("lsq_activations", bits), smallest_scale(jnp.float32)
 
     def start(moments, signed):
-        step = 2.0 * mean_size(moments) * jax.lax.rsqrt(largest_code(format, signed))
+        top = largest_code(format, signed)
+        if calibrate is None:
+            step = 2.0 * mean_size(moments) * jax.lax.rsqrt(top)
+        else:
+            low, high = calibrate.range(moments.ranges, format)
+            step = jnp.maximum(jnp.where(signed, -low / (top + 1.0), 0.0), high / top)
         return LearnedStep(jnp.where(step == 0, jnp.ones_like(step), step))
 
     def qparams(learned, signed):
@@ -94,7 +106,7 @@ def _lsq_rule(bits: Any) -> Rule:
     def grid(learned, signed):
         return Grid(qparams(learned, signed), format)
 
-    return Rule(start, snap, grid)
+    return Rule(start, snap, grid, calibrate or min_max())
 
 
 class StepOffset(NamedTuple):
