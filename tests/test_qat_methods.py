@@ -315,6 +315,10 @@ def test_truncation_keeps_integers_and_an_impossible_accumulator_is_refused():
     step = jnp.float32(0.1)
     assert bits_equal(toward_zero(whole * step * (1 / step)), whole)
     assert bits_equal(toward_zero(jnp.array([0.99, -3.7])), jnp.array([0.0, -3.0]))
+    comp = quantize.a2q(8, accumulator_bits=16, input_bits=8)
+    state = comp.init(f32(normal(9, 2)))
+    broken = comp.apply(f32(normal(9, 2)).at[4, 1].set(jnp.nan), state)
+    assert np.all(np.isfinite(broken[:, 0])) and np.all(np.isnan(broken[:, 1]))
     with pytest.raises(ValueError, match="accumulator_bits=8 .* at least 10 are needed"):
         quantize.a2q(8, accumulator_bits=8, input_bits=8)
     quantize.a2q(8, accumulator_bits=10, input_bits=8)
