@@ -68,6 +68,23 @@ def test_lsq_steps_start_where_the_papers_start():
     np.testing.assert_allclose(np.ravel(got), want, rtol=1e-5)
 
 
+def test_steps_may_start_from_a_calibrated_range():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(40, 5)), jnp.float32)
+    comp = quantize.lsq(4, axis=-1, calibrate=quantize.min_max())
+    np.testing.assert_allclose(comp.init(w).learned.step[0], np.abs(f64(w)).max(0) / 7, rtol=1e-6)
+    error = lambda comp: float(jnp.sum(jnp.square(comp.apply(w, comp.init(w)) - w)))
+    assert error(quantize.lsq(2, axis=-1, calibrate=quantize.mse())) < error(
+        quantize.lsq(2, axis=-1)
+    )
+    params, x = mlp_params(), some_inputs()
+    act = quantize.lsq_activations(mlp, 4, calibrate=quantize.min_max())
+    learned = act.init(params, x).learned
+    hidden = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"][None])
+    signed = max(-f64(x).min() / 8, f64(x).max() / 7)
+    np.testing.assert_allclose(learned["a/kernel"].step.item(), signed, rtol=1e-5)
+    np.testing.assert_allclose(learned["b/kernel"].step.item(), f64(hidden).max() / 15, rtol=1e-5)
+
+
 def test_a_step_below_zero_is_used_by_its_magnitude_and_never_stuck():
     comp, w = quantize.lsq(4), jnp.asarray(V, jnp.float32)
     state = comp.init(w)
@@ -252,6 +269,47 @@ def test_layers_of_a_scan_have_their_own_steps_and_gradients():
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
 
 
+def test_a_sharded_batch_gives_the_gradients_of_one_device():
+    params, x = mlp_params(), some_inputs()
+    act = quantize.lsq_activations(mlp, 4)
+    state = act.init(params, x)
+    loss = lambda learned, x: jnp.sum(
+        jnp.square(act.train(state._replace(learned=learned), params, x)[0])
+    )
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    along = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    grad = jax.jit(jax.grad(loss))
+    one, many = (grad(state.learned, batch) for batch in (x, jax.device_put(x, along)))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_mixed_precision_of_weights_and_activations_by_path():
+    params, x = mlp_params(), some_inputs()
+    recipe = jc.chain(
+        jc.prune.magnitude(0.5),
+        jc.by_path(
+            {"a/kernel": quantize.lsq(8, axis=-1), "b/.*": quantize.lsq(2)}, default=jc.identity()
+        ),
+    )
+    state = recipe.init(params)
+    packed, view = (f(params, state) for f in (recipe.pack, recipe.apply))
+    for name, bits, steps in (("a", 8, 16), ("b", 2, 1)):
+        # one bit per element says which are not zero; then their codes, and the steps
+        w = np.asarray(view[name]["kernel"])
+        codes = -(-np.count_nonzero(w) * bits // 8)
+        assert jc.packed_bytes(packed[name]["kernel"]) == w.size // 8 + codes + 4 * steps
+    act = quantize.lsq_activations(mlp, {"a/.*": 8, ".*": 2})
+    grids = act.grids(act.init(params, x))
+    assert {name: grid.bits for name, grid in grids.items()} == {"a/kernel": 8, "b/kernel": 2}
+    one = quantize.pact_activations(mlp, {"b/kernel": 4})
+    assert set(one.grids(one.init(params, x))) == {"b/kernel"}
+    with pytest.raises(ValueError, match="rule 'c' matches no parameter; nearest"):
+        quantize.lsq_activations(mlp, {"c": 8, ".*": 2}).init(params, x)
+    with pytest.raises(ValueError, match="the keys of bits=.* choose the sites already"):
+        quantize.lsq_activations(mlp, {".*": 8}, sites="a.*")
+
+
 def test_bad_arguments_and_data_are_refused_by_name():
     with pytest.raises(ValueError, match=r"lsq\(bits\): a learned step needs 2 bits"):
         quantize.lsq(1)
@@ -267,26 +325,3 @@ def test_bad_arguments_and_data_are_refused_by_name():
     comp = quantize.lsq(4)
     with pytest.raises(ValueError, match="the state holds no learned steps"):
         comp.apply(params, quantize.weights(integer(4)).init(params))
-
-
-def test_steps_start_from_a_calibrator_and_rules_give_bits():
-    rng = np.random.default_rng(3)
-    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 4), (64, 5)))
-
-    def net(params, x):
-        return jax.nn.relu(x @ params["a"]) @ params["b"]
-
-    params = {"a": w, "b": w.T, "c": w}
-    comp = jc.quantize.lsq(4, calibrate=jc.quantize.min_max())
-    step = comp.init({"w": w}).learned["w"].step
-    np.testing.assert_allclose(np.ravel(step), np.abs(np.asarray(w)).max() / 7, rtol=1e-6)
-
-    act = jc.quantize.lsq_activations(net, {"a": 8, "b": 2}, calibrate=jc.quantize.min_max())
-    state = act.init(params, x)
-    hidden = np.maximum(np.asarray(x) @ np.asarray(w), 0)
-    steps = {name: float(np.ravel(learned.step)[0]) for name, learned in state.learned.items()}
-    wanted = {"a": np.abs(np.asarray(x)).max() / 127, "b": hidden.max() / 3}
-    assert steps == pytest.approx(wanted, rel=1e-5)
-    assert {name: grid.bits for name, grid in act.grids(state).items()} == {"a": 8, "b": 2}
-    with pytest.raises(ValueError, match="lost"):
-        jc.quantize.lsq_activations(net, {"a": 8, "lost": 2}).init(params, x)

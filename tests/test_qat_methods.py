@@ -1,5 +1,7 @@
 """LSQ+, PACT, TTQ, DoReFa, XNOR, A2Q, moving ranges, annealed bits: against float64 formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +194,16 @@ def test_xnor_has_the_gradient_of_sign_and_mean():
     np.testing.assert_allclose(dw, cotangent * slope, rtol=1e-5)
 
 
+def test_bitnet_activations_have_a_scale_per_token():
+    x = X.at[3].set(0.0)
+    run = quantize.per_token(site, bits=8)
+    size = np.abs(f64(x)).max(1, keepdims=True)
+    scale = np.where(size == 0, 1, size) / 127
+    np.testing.assert_allclose(run(EYE, x), np.round(f64(x) / scale) * scale, rtol=1e-5, atol=1e-6)
+    dx = jax.grad(lambda x: jnp.sum(run(EYE, x) * f32(COTANGENT)))(x)
+    np.testing.assert_allclose(dx, COTANGENT, rtol=1e-6)
+
+
 @pytest.mark.parametrize("make", [quantize.twn, quantize.bitnet_b158])
 def test_ternary_weights_by_name_pass_gradients_straight(make):
     w, cotangent = f32(normal(30, 4)), normal(30, 4, seed=1)
@@ -303,6 +315,10 @@ def test_truncation_keeps_integers_and_an_impossible_accumulator_is_refused():
     step = jnp.float32(0.1)
     assert bits_equal(toward_zero(whole * step * (1 / step)), whole)
     assert bits_equal(toward_zero(jnp.array([0.99, -3.7])), jnp.array([0.0, -3.0]))
+    comp = quantize.a2q(8, accumulator_bits=16, input_bits=8)
+    state = comp.init(f32(normal(9, 2)))
+    broken = comp.apply(f32(normal(9, 2)).at[4, 1].set(jnp.nan), state)
+    assert np.all(np.isfinite(broken[:, 0])) and np.all(np.isnan(broken[:, 1]))
     with pytest.raises(ValueError, match="accumulator_bits=8 .* at least 10 are needed"):
         quantize.a2q(8, accumulator_bits=8, input_bits=8)
     quantize.a2q(8, accumulator_bits=10, input_bits=8)
@@ -342,6 +358,41 @@ def test_bits_follow_their_schedule_in_one_program_and_pack_at_their_size():
     assert apply._cache_size() == update._cache_size() == 1  # type: ignore
     with pytest.raises(TypeError, match="pack of annealed bits needs their number"):
         jax.eval_shape(comp.pack, w, state)
+
+
+def test_bits_of_activations_follow_their_schedule_in_one_program():
+    x = jnp.abs(X)
+    uint = lambda bits: integer(bits, symmetric=False)
+    for make in (
+        lambda bits: quantize.pact_activations(site, bits),
+        lambda bits: quantize.activations(site, uint(bits)),
+    ):
+        act = quantize.annealed_activations(make, lambda step: 8 - 3 * step)
+        state, train = act.init(EYE, x), jax.jit(act.train)
+        for bits in (8, 5, 2):
+            assert int(state.buffers.bits) == bits
+            out, state = train(state, EYE, x)
+            scale = f64(x).max() / (2**bits - 1)
+            np.testing.assert_allclose(out, np.round(f64(x) / scale) * scale, rtol=1e-4, atol=1e-5)
+        assert train._cache_size() == 1  # type: ignore
+    grids = act.grids(state._replace(buffers=state.buffers._replace(bits=jnp.int32(4))))
+    assert grids["w"].bits == 4
+
+
+def test_bits_of_dorefa_and_a2q_may_be_traced():
+    w = f32(normal(32, 3))
+
+    @jax.jit
+    def views(bits, wide):
+        bounded = quantize.a2q(bits, accumulator_bits=wide, input_bits=bits)
+        return [c.apply(w, c.init(w)) for c in (quantize.dorefa(bits), bounded)]
+
+    for bits, wide in ((3, 9), (6, 14)):
+        got = views(jnp.int32(bits), jnp.int32(wide))
+        bounded = quantize.a2q(bits, accumulator_bits=wide, input_bits=bits)
+        for view, comp in zip(got, (quantize.dorefa(bits), bounded), strict=True):
+            np.testing.assert_allclose(view, comp.apply(w, comp.init(w)), rtol=1e-5, atol=1e-6)
+    assert views._cache_size() == 1  # type: ignore
 
 
 # --- all of them
@@ -394,7 +445,10 @@ def optax_mixes_dtypes():
 @pytest.mark.parametrize(
     "weights, activations",
     [
-        (quantize.lsq_plus(2, axis=-1), quantize.lsq_plus_activations),
+        (
+            quantize.lsq_plus(2, axis=-1),
+            functools.partial(quantize.lsq_plus_activations, calibrate=quantize.min_max()),
+        ),
         (quantize.ttq(axis=-1), quantize.pact_activations),
         (
             quantize.a2q(4, accumulator_bits=12, input_bits=4, input_signed=True),

@@ -1,7 +1,7 @@
 """Quantizers that are trained: steps, clips and scales learned beside the weights."""
 
 from jaxcompress.quantize.qat.a2q import AccumulatorBound, a2q
-from jaxcompress.quantize.qat.annealed import annealed_bits
+from jaxcompress.quantize.qat.annealed import annealed_activations, annealed_bits
 from jaxcompress.quantize.qat.dorefa import (
     dorefa,
     dorefa_activations,
@@ -17,7 +17,7 @@ from jaxcompress.quantize.qat.lsq_activations import (
     lsq_plus_activations,
 )
 from jaxcompress.quantize.qat.pact import ClipLevel, pact_activations
-from jaxcompress.quantize.qat.signs import bitnet_b158, twn, xnor
+from jaxcompress.quantize.qat.signs import bitnet_b158, per_token, twn, xnor
 from jaxcompress.quantize.qat.ttq import TwoScales, ttq
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "StepOffset",
     "TwoScales",
     "a2q",
+    "annealed_activations",
     "annealed_bits",
     "bitnet_b158",
     "dorefa",
@@ -38,6 +39,7 @@ __all__ = [
     "lsq_plus",
     "lsq_plus_activations",
     "pact_activations",
+    "per_token",
     "quantized_gradient",
     "quantized_gradients",
     "ttq",

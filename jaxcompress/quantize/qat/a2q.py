@@ -154,7 +154,8 @@ def _with_l1_norm(v: Array, norm: Array, of: Array) -> Array:
 
 
 def _inverse(of: Array) -> Array:
-    return jnp.where(of > 0, 1.0 / jnp.where(of > 0, of, 1.0), 0.0)
+    # 0 for a channel of zeros, NaN for one with NaN
+    return jnp.where(of == 0, 0.0, 1.0 / jnp.where(of == 0, 1.0, of))
 
 
 @_with_l1_norm.defjvp

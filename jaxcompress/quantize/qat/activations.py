@@ -1,6 +1,5 @@
 """Activations whose grids are learned: what LSQ, LSQ+ and PACT have in common."""
 
-import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -53,6 +52,11 @@ class Rule(NamedTuple):
     calibrate: Calibrator = min_max()
 
 
+def _nothing(calibrate: Calibrator, shape: tuple[int, ...]) -> Moments:
+    zeros = jnp.zeros(shape, jnp.float32)
+    return Moments(calibrate.init(shape), zeros, jnp.zeros(shape, jnp.int32))
+
+
 def _see(calibrate: Calibrator, x: Array, old: Moments) -> Moments:
     axes = tuple(range(x.ndim))
     ranges = calibrate.update(old.ranges, x, axes=axes, where=None)
@@ -69,7 +73,7 @@ def mean_size(moments: Moments) -> Array:
 
 
 def learned_activations(
-    apply_fn: Callable[..., Any], rule: Rule | Mapping[str, Rule], *, sites: str = ".*"
+    apply_fn: Callable[..., Any], bits: Any, rule_of: Callable[[Any], Rule], *, sites: str = ".*"
 ) -> ActivationQuantizer:
     """A quantizer with learned parameters, one set per tensor; the state is a `CompressState`.
 
@@ -80,30 +84,33 @@ def learned_activations(
     Args:
       apply_fn: pure, (params, *inputs) -> outputs, or (params, model_state, inputs) -> (outputs,
         model_state), the `forward` of `train.make_step`.
-      rule: what is done with each activation; or {regex on names: rule}, the first that matches
-        counts, and what none matches is left alone.
+      bits: of all activations, or {regex on names of contractions: bits}; the first that matches
+        counts, and what none matches stays as it is.
+      rule_of: bits -> what is done with such an activation.
       sites: regex on the names of the contractions (the path of the weight they use).
 
     Raises:
-      ValueError: (at init) `sites` or a rule matches nothing; NaN or Inf in an activation, with its
-        name.
+      ValueError: (at init) a regex matches nothing; NaN or Inf in an activation, with its name;
+        `sites` beside several bits.
     """
-    rules = rule if isinstance(rule, Mapping) else {".*": rule}
+    several = isinstance(bits, Mapping)
+    if several and sites != ".*":
+        raise ValueError(f"sites={sites!r}: the keys of bits={dict(bits)} choose the sites already")
+    rules = {site: rule_of(b) for site, b in (bits if several else {sites: bits}).items()}
 
-    def of(name: str) -> Rule:
-        return next(each for regex, each in rules.items() if re.fullmatch(regex, name))
+    def rule_at(name):
+        return next(rule for site, rule in rules.items() if re.fullmatch(site, name))
 
     def see(tap, x, moments):
-        return x, _see(of(tap.name).calibrate, x, moments)
-
-    seeing = jax.jit(walk(apply_fn, see))
-
-    def blank(calibrate, shape):
-        zeros = jnp.zeros(shape, jnp.float32)
-        return Moments(calibrate.init(shape), zeros, jnp.zeros(shape, jnp.int32))
+        return x, _see(rule_at(tap.name).calibrate, x, moments)
 
     def visit(tap, x, state):
-        return of(tap.name).snap(x, state.learned, state.buffers.signed), state
+        return rule_at(tap.name).snap(x, state.learned, state.buffers.signed), state
+
+    def blank(tap):
+        return fresh_state(tap, lambda shape: _nothing(rule_at(tap.name).calibrate, shape))
+
+    seeing = jax.jit(walk(apply_fn, see))
 
     walked = walk(apply_fn, visit)
 
@@ -112,18 +119,18 @@ def learned_activations(
         for name, seen in moments.items():
             signed = seen.ranges.low < 0
             refuse_non_finite(f"activations of {name!r}", mean_size(seen))
-            learned[name] = of(name).start(seen, signed)
+            learned[name] = rule_at(name).start(seen, signed)
             buffers[name] = LearnedRange(signed, kept[name])
         return CompressState(learned, buffers)
 
     def init(params, *inputs):
-        chosen = chosen_taps(trace(apply_fn, params, *inputs).taps, sites)
-        ruled = match_rules(rules, [tap.name for tap in chosen])
-        empty = {
-            tap.name: fresh_state(tap, functools.partial(blank, of(tap.name).calibrate))
-            for tap in chosen
-            if ruled[tap.name] is not None
-        }
+        taps = trace(apply_fn, params, *inputs).taps
+        if several:
+            matched = match_rules(rules, [tap.name for tap in taps])
+            chosen = [tap for tap in taps if matched[tap.name] is not None]
+        else:
+            chosen = chosen_taps(taps, sites)
+        empty = {tap.name: blank(tap) for tap in chosen}
         return started(seeing(empty, params, *inputs)[1], kept=empty)
 
     def observe(state, params, *inputs):
@@ -135,7 +142,7 @@ def learned_activations(
         found = {}
         for name, buffers in state.buffers.items():
             refuse_non_finite(f"what {name!r} learned", *jax.tree.leaves(state.learned[name]))
-            found[name] = of(name).grid(state.learned[name], buffers.signed)
+            found[name] = rule_at(name).grid(state.learned[name], buffers.signed)
         return found
 
     def train(state, params, *inputs):

@@ -9,14 +9,32 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxcompress.core.compressor import Compressor, CompressState
+from jaxcompress.quantize.activations import ActivationQuantizer
 
 
 class Annealed(NamedTuple):
-    """The buffers of `annealed_bits`."""
+    """The buffers of `annealed_bits` and `annealed_activations`."""
 
     step: Array  # int32, updates done
     bits: Array  # int32
-    inner: Any  # buffers of the compressor at these bits
+    inner: Any  # what is quantized at these bits keeps
+
+
+def _schedule(bits: Callable[[Array], Any]) -> Callable[[Array], Array]:
+    def at(step):
+        return jnp.clip(jnp.round(jnp.asarray(bits(step), jnp.float32)), 1, 8).astype(jnp.int32)
+
+    return at
+
+
+def _number(what: str, state: Any) -> int:
+    number = state.buffers.bits
+    if isinstance(number, Tracer | jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{what} of annealed bits needs their number, which decides the size; "
+            "call it outside jit and eval_shape"
+        )
+    return int(number)
 
 
 def annealed_bits(make: Callable[[Any], Compressor], bits: Callable[[Array], Any]) -> Compressor:
@@ -45,9 +63,7 @@ def annealed_bits(make: Callable[[Any], Compressor], bits: Callable[[Array], Any
     6 63
     4 15
     """
-
-    def at(step):
-        return jnp.clip(jnp.round(jnp.asarray(bits(step), jnp.float32)), 1, 8).astype(jnp.int32)
+    at = _schedule(bits)
 
     def inner(state):
         return CompressState(state.learned, state.buffers.inner)
@@ -69,12 +85,48 @@ def annealed_bits(make: Callable[[Any], Compressor], bits: Callable[[Array], Any
         return outer(step, number, new)
 
     def pack(params, state):
-        number = state.buffers.bits
-        if isinstance(number, Tracer | jax.ShapeDtypeStruct):
-            raise TypeError(
-                "pack of annealed bits needs their number, which decides the size; "
-                "call it outside jit and eval_shape"
-            )
-        return make(int(number)).pack(params, inner(state))
+        return make(_number("pack", state)).pack(params, inner(state))
 
     return Compressor(init, apply, update, pack)
+
+
+def annealed_activations(
+    make: Callable[[Any], ActivationQuantizer], bits: Callable[[Array], Any]
+) -> ActivationQuantizer:
+    """An activation quantizer whose bits follow a schedule of the step, as `annealed_bits`.
+
+    Args:
+      make: bits -> ActivationQuantizer, with state of the same shapes for all bits, such as
+        `lambda b: quantize.pact_activations(apply_fn, b)`, whose clips do not depend on them, or
+        `lambda b: quantize.activations(apply_fn, formats.integer(b, symmetric=False))`.
+      bits: step -> bits, rounded and clipped to 1 to 8; every `train` is a step.
+    """
+    at, widest = _schedule(bits), make(8)
+
+    def inner(state):
+        # a quantizer without learned parameters has its statistics alone
+        kept = state.buffers.inner
+        return kept if state.learned == () else CompressState(state.learned, kept)
+
+    def outer(step, number, new):
+        learned, kept = new if isinstance(new, CompressState) else ((), new)
+        return CompressState(learned, Annealed(step, number, kept))
+
+    def init(params, *inputs):
+        step = jnp.zeros((), jnp.int32)
+        return outer(step, at(step), make(at(step)).init(params, *inputs))
+
+    def observe(state, params, *inputs):
+        number = state.buffers.bits
+        new = make(number).observe(inner(state), params, *inputs)
+        return outer(state.buffers.step, number, new)
+
+    def grids(state):
+        return make(_number("grids", state)).grids(inner(state))
+
+    def train(state, params, *inputs):
+        outputs, new = make(state.buffers.bits).train(inner(state), params, *inputs)
+        step = state.buffers.step + 1
+        return outputs, outer(step, at(step), new)
+
+    return ActivationQuantizer(init, observe, grids, widest.apply, train, widest.apply_fn)

@@ -1,6 +1,6 @@
 """DoReFa-Net: k-bit weights through tanh, activations in [0, 1], and gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -93,13 +93,17 @@ def dorefa_format(bits: int) -> Any:
 
 
 def dorefa_activations(
-    apply_fn: Callable[..., Any], bits: int, *, sites: str = ".*"
+    apply_fn: Callable[..., Any], bits: int | Mapping[str, int], *, sites: str = ".*"
 ) -> ActivationQuantizer:
     """Every contraction's input as quantize_k(clip(x, 0, 1)): a grid that is fixed, not learned.
 
     For networks whose activations are bounded so; leave their first layer out with `sites`.
     Source: Zhou et al. 2016, DoReFa-Net, arXiv 1606.06160, section 2.4, eq. 11.
     """
+    return learned_activations(apply_fn, bits, _unit_rule, sites=sites)
+
+
+def _unit_rule(bits: Any) -> Rule:
     format = integer(bits, symmetric=False)
 
     def grid(learned, signed):
@@ -110,7 +114,7 @@ def dorefa_activations(
     def snap(x, learned, signed):
         return grid(learned, signed).snap(x)
 
-    return learned_activations(apply_fn, Rule(lambda moments, signed: (), snap, grid), sites=sites)
+    return Rule(lambda moments, signed: (), snap, grid)
 
 
 def quantized_gradient(g: Array, key: Array, *, bits: Any, per_example: bool = True) -> Array:

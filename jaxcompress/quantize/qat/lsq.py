@@ -52,7 +52,7 @@ def lsq(
       narrow: leave out the lowest code, -Q_N = -Q_P; the paper's Q_N is Q_P + 1.
       from_bits: where bits change in training, those that the learned step is for; in use is
         sqrt(Q_P(from_bits) / Q_P(bits)) times it, as the step at the start would have it.
-      calibrate: steps start from the range that it finds, `mse()` say, instead.
+      calibrate: `quantize.mse()`, say: steps start from the range it finds, not the paper's rule.
 
     Raises:
       ValueError: bits below 2; (at init, eager) NaN or Inf in a leaf, with the path.
@@ -65,14 +65,11 @@ def lsq(
     >>> packed_bytes(comp.pack(params, comp.init(params)))  # 16 codes of half a byte, two steps
     16
     """
-    format = _format("lsq", bits, narrow)
+    format, start = _format("lsq", bits, narrow), mean_size_step
     check_calibrator(calibrate)
-
-    def calibrated_step(w, where, largest):
-        del largest
-        return qparams_of(w, format, where, calibrate=calibrate).scale
-
-    start = mean_size_step if calibrate is None else calibrated_step
+    if calibrate is not None:
+        first = format if from_bits is None else integer(from_bits, narrow=narrow)
+        start = lambda w, where, _: qparams_of(w, first, where, calibrate=calibrate).scale
     return learned_steps(format, axis, group, block, start=start, from_bits=from_bits)
 
 
@@ -149,8 +146,11 @@ def mean_size_step(w: Array, where: Granularity, largest: Array) -> Array:
     """2 mean|w| / sqrt(Q_P) of each block's numbers that are not zero; 1 where all are zero."""
     size, axes = jnp.abs(_blocked(w, where)), where.reduce_axes(w.shape)
     count = jnp.sum(size != 0, axis=axes, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    mean = exact_sum(size, axes=axes) / jnp.maximum(count, 1.0)
-    step = 2.0 * mean * jax.lax.rsqrt(largest)
+    total = exact_sum(size, axes=axes)
+    # No mean is above the largest, but the sum may be above all floats.
+    top = jnp.max(size, axis=axes, keepdims=True, initial=0.0)
+    mean = jnp.minimum(total / jnp.maximum(count, 1.0), top)
+    step = jnp.minimum(mean * (2.0 * jax.lax.rsqrt(largest)), float(jnp.finfo(jnp.float32).max))
     return jnp.where(count == 0, jnp.ones_like(step), step)
 
 

@@ -63,14 +63,13 @@ def lsq_activations(
 
     Args:
       apply_fn: pure, (params, *inputs) -> outputs, or the `forward` of `train.make_step`.
-      bits: 2 to 8; a traced number where no grid is shipped. Or {regex on names: bits}, the first
-        that matches counts, and what none matches stays as it is.
+      bits: 2 to 8, or {regex on the names of the contractions: bits}, of which the first that
+        matches counts; traced numbers where no grid is shipped.
       sites: regex on the names of the contractions (the path of the weight they use).
-      calibrate: steps start from the range that it finds, `mse()` say, instead.
+      calibrate: `quantize.mse()`, say: steps start from the range it finds, not the paper's rule.
 
     Raises:
-      ValueError: bits below 2; (at init) `sites` or a rule matches nothing; NaN or Inf in an
-        activation.
+      ValueError: bits below 2; (at init) a regex matches nothing; NaN or Inf in an activation.
 
     Source: Esser et al. 2019, Learned Step Size Quantization, arXiv 1902.08153, section 2.
 
@@ -80,23 +79,20 @@ def lsq_activations(
     [[0.5163978]]
     """
     check_calibrator(calibrate)
-    if isinstance(bits, Mapping):
-        rule = {regex: _lsq_rule(count, calibrate) for regex, count in bits.items()}
-    else:
-        rule = _lsq_rule(bits, calibrate)
-    return learned_activations(apply_fn, rule, sites=sites)
+    rule_of = lambda bits: _lsq_rule(bits, calibrate)
+    return learned_activations(apply_fn, bits, rule_of, sites=sites)
 
 
 def _lsq_rule(bits: Any, calibrate: Calibrator | None) -> Rule:
-    format = activation_format("lsq_activations", bits)
-    smallest = smallest_scale(jnp.float32)
+    format, smallest = activation_format("lsq_activations", bits), smallest_scale(jnp.float32)
 
     def start(moments, signed):
-        if calibrate is not None:
-            grids = integer(bits, narrow=False), format
-            steps = (grid.qparams(*calibrate.range(moments.ranges, grid)).scale for grid in grids)
-            return LearnedStep(jnp.where(signed, *steps))
-        step = 2.0 * mean_size(moments) * jax.lax.rsqrt(largest_code(format, signed))
+        top = largest_code(format, signed)
+        if calibrate is None:
+            step = 2.0 * mean_size(moments) * jax.lax.rsqrt(top)
+        else:
+            low, high = calibrate.range(moments.ranges, format)
+            step = jnp.maximum(jnp.where(signed, -low / (top + 1.0), 0.0), high / top)
         return LearnedStep(jnp.where(step == 0, jnp.ones_like(step), step))
 
     def qparams(learned, signed):
@@ -122,7 +118,7 @@ class StepOffset(NamedTuple):
 
 def lsq_plus_activations(
     apply_fn: Callable[..., Any],
-    bits: int,
+    bits: int | Mapping[str, int],
     *,
     sites: str = ".*",
     calibrate: Calibrator | None = None,
@@ -141,9 +137,13 @@ def lsq_plus_activations(
 
     Source: Bhalgat et al. 2020, LSQ+, arXiv 2004.09576, section 3.
     """
-    format = activation_format("lsq_plus_activations", bits)
     check_calibrator(calibrate)
-    calibrate, smallest = calibrate or mse(), smallest_scale(jnp.float32)
+    rule_of = lambda bits: _lsq_plus_rule(bits, calibrate or mse())
+    return learned_activations(apply_fn, bits, rule_of, sites=sites)
+
+
+def _lsq_plus_rule(bits: Any, calibrate: Calibrator) -> Rule:
+    format, smallest = activation_format("lsq_plus_activations", bits), smallest_scale(jnp.float32)
     top = jnp.asarray(format.bounds[1], jnp.float32)
 
     def start(moments, signed):
@@ -170,4 +170,4 @@ def lsq_plus_activations(
         del signed
         return Grid(qparams(learned), format)
 
-    return learned_activations(apply_fn, Rule(start, snap, grid, calibrate), sites=sites)
+    return Rule(start, snap, grid, calibrate)

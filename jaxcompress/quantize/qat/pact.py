@@ -1,6 +1,6 @@
 """Learned clipping levels of activations: PACT."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ class ClipLevel(NamedTuple):
 
 def pact_activations(
     apply_fn: Callable[..., Any],
-    bits: int,
+    bits: int | Mapping[str, int],
     *,
     sites: str = ".*",
     initial: float | None = None,
@@ -46,9 +46,13 @@ def pact_activations(
 
     Source: Choi et al. 2018, PACT, arXiv 1805.06085, eq. 1 to 3.
     """
-    format = activation_format("pact_activations", bits)
     if initial is not None and not initial > 0:
         raise ValueError(f"initial must be positive, got {initial}")
+    return learned_activations(apply_fn, bits, lambda b: _pact_rule(b, initial), sites=sites)
+
+
+def _pact_rule(bits: Any, initial: float | None) -> Rule:
+    format = activation_format("pact_activations", bits)
     smallest = smallest_scale(jnp.float32) * 2**8
 
     def start(moments, signed):
@@ -72,4 +76,4 @@ def pact_activations(
     def grid(learned, signed):
         return Grid(qparams(learned, signed), format)
 
-    return learned_activations(apply_fn, Rule(start, snap, grid), sites=sites)
+    return Rule(start, snap, grid)

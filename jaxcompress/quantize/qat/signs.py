@@ -1,13 +1,25 @@
 """Weights of one sign or three values with a scale that is their mean, by their papers' names."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.compressor import Compressor
-from jaxcompress.formats import binary, granularity_for, identity_ste, ternary, ternary_absmean
+from jaxcompress.formats import (
+    binary,
+    granularity_for,
+    identity_ste,
+    integer,
+    ternary,
+    ternary_absmean,
+)
+from jaxcompress.graph import trace, walk
+from jaxcompress.quantize.activations import chosen_taps
+from jaxcompress.quantize.calibrate import extremes, known
 from jaxcompress.quantize.weights import weights
 
 
@@ -26,6 +38,39 @@ def bitnet_b158(*, axis: int | tuple[int, ...] | None = None) -> Compressor:
     Source: Ma et al. 2024, The Era of 1-bit LLMs, arXiv 2402.17764, eq. 1 to 3.
     """
     return weights(ternary_absmean(), axis=axis, ste=identity_ste)
+
+
+def per_token(
+    apply_fn: Callable[..., Any], *, bits: Any = 8, sites: str = ".*"
+) -> Callable[..., Any]:
+    """`apply_fn` with every contraction's input rounded to qmax levels a side of each token's own.
+
+    x^ = round(qmax x / max|x|) max|x| / qmax, qmax = 2**(bits - 1) - 1, the maximum over the last
+    axis; derivative 1. The scales are found anew for each input, so there is no state. BitNet's
+    activations, at 8 bits.
+
+    Args:
+      apply_fn: pure, (params, *inputs) -> outputs, whose contractions run over last axes.
+      bits: 2 to 8; may be traced.
+      sites: regex on the names of the contractions (the path of the weight they use).
+
+    Source: Ma et al. 2024, The Era of 1-bit LLMs, arXiv 2402.17764, section 2.
+    """
+    format = integer(bits)
+
+    def snap(x):
+        fixed = jax.lax.stop_gradient(x)
+        found = extremes(fixed, axes=(x.ndim - 1,))
+        ends = (known(end, found) for end in (found.low, found.high))
+        return identity_ste(x, format.fake_quant(fixed, format.qparams(*ends, dtype=x.dtype)))
+
+    walked = walk(apply_fn, lambda tap, x, state: (snap(x), state))
+
+    def quantized(params, *inputs):
+        chosen = chosen_taps(trace(apply_fn, params, *inputs).taps, sites)
+        return walked({tap.name: () for tap in chosen}, params, *inputs)[0]
+
+    return quantized
 
 
 def xnor(*, axis: int | tuple[int, ...] | None = -1, group: int | None = None) -> Compressor:
