@@ -22,7 +22,7 @@ Result: experiments/results/prune_cifar10.json.
 """
 
 import dataclasses
-import json
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ import optax
 
 import jaxcompress as jc
 from experiments._plot import plot
-from experiments._report import Options, Report, run, write_json
+from experiments._report import Options, Report, run
+from experiments._runs import Runs
 from experiments.data import cifar10_normalise, load_cifar10
 from experiments.evaluate import top1
 from experiments.models import resnet_cifar
@@ -200,34 +201,17 @@ def names(args: Args) -> tuple[str, ...]:
     return tuple(args.variants) or known
 
 
-class Runs:
-    """Runs that are done, in a file of --out that grows with every one."""
-
-    def __init__(self, args: Args):
-        self.path = Path(args.out) / "prune_cifar10_runs.json" if args.out else None
-        self.args, self.done = args, {}
-        if self.path is not None and self.path.exists():
-            self.done = json.loads(self.path.read_text())
-
-    def get(self, network: Network, name: str, epochs: float, seed: int) -> dict[str, float]:
-        """A run, from the file if it is there."""
-        rate = self.args.learning_rate
-        key = f"resnet{network.depth} {name} epochs={epochs:g} rate={rate} seed={seed}"
-        key += " short" if self.args.short else ""
-        if key not in self.done:
-            self.done[key] = network.variant(name, epochs, seed)
-            figures = ", ".join(f"{k} {v:.2f}" for k, v in self.done[key].items())
-            network.report.console.print(f"{key}: {figures}")
-            if self.path is not None:
-                write_json(self.path, self.done)
-        return self.done[key]
+def key_of(args: Args, depth: int, name: str, epochs: float, seed: int) -> str:
+    """All settings of a run."""
+    key = f"resnet{depth} {name} epochs={epochs:g} rate={args.learning_rate} seed={seed}"
+    return key + " short" * args.short
 
 
 def main(args: Args, report: Report) -> dict[str, Any]:
     """All networks, variants and seeds."""
     if args.seeds < 1 or min(args.epochs, args.long_epochs) <= 0:
         raise ValueError("--seeds, --epochs and --long-epochs must be positive")
-    chosen, runs = names(args), Runs(args)
+    chosen, runs = names(args), Runs(args.out, "prune_cifar10", report)
     epochs, long_epochs = (1, 2) if args.short else (args.epochs, args.long_epochs)
     seeds = range(args.seed, args.seed + (1 if args.short else args.seeds))
     figures: dict[str, Any] = {}
@@ -242,7 +226,10 @@ def main(args: Args, report: Report) -> dict[str, Any]:
         found = {plan: [] for plan in plans}
         for seed in seeds:
             for plan in plans:
-                found[plan].append(runs.get(network, plan[0], plan[2], seed))
+                name, _, passes = plan
+                compute = functools.partial(network.variant, name, passes, seed)
+                key = key_of(args, depth, name, passes, seed)
+                found[plan].append(runs.get(key, compute))
         figures |= summary(prefix, found)
         show(report, depth, dense, found)
         if args.out is not None:

@@ -16,7 +16,6 @@ Result: experiments/results/qat_cifar10.json.
 import contextlib
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,7 +27,8 @@ import optax
 
 import jaxcompress as jc
 from experiments._plot import plot
-from experiments._report import Options, Report, run, write_json
+from experiments._report import Options, Report, run
+from experiments._runs import Runs
 from experiments.data import cifar10_normalise, load_cifar10
 from experiments.evaluate import top1
 from experiments.models import resnet_cifar
@@ -224,27 +224,11 @@ def trained(args: Args, report: Report, setup: Setup, name: str) -> dict[str, An
     }
 
 
-class Runs:
-    """Runs that are done, in a file of --out that grows with every one."""
-
-    def __init__(self, args: Args):
-        self.path = Path(args.out) / "qat_cifar10_runs.json" if args.out else None
-        self.args, self.done = args, {}
-        if self.path is not None and self.path.exists():
-            self.done = json.loads(self.path.read_text())
-
-    def get(self, report: Report, setup: Setup, name: str) -> dict[str, Any]:
-        """A run, from the file if it is there."""
-        a, (epochs, rate) = self.args, plan(self.args, name)
-        key = f"{name} epochs={epochs:g} rate={rate:g} steps={a.step_rate:g}"
-        key += f" batch={a.batch} seed={a.seed}"
-        key += " short" if a.short else ""
-        if key not in self.done:
-            self.done[key] = trained(a, report, setup, name)
-            report.console.print(f"{key}: {self.done[key]}")
-            if self.path is not None:
-                write_json(self.path, self.done)
-        return self.done[key]
+def key_of(args: Args, name: str) -> str:
+    """All settings of a run."""
+    epochs, rate = plan(args, name)
+    key = f"{name} epochs={epochs:g} rate={rate:g} steps={args.step_rate:g}"
+    return f"{key} batch={args.batch} seed={args.seed}" + " short" * args.short
 
 
 def main(args: Args, report: Report) -> dict[str, Any]:
@@ -255,7 +239,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
     for option in ("epochs_w4a4", "epochs_w2a2", "minutes", "batch", "parts"):
         if getattr(args, option) <= 0:
             raise ValueError(f"--{option.replace('_', '-')} must be positive")
-    setup, runs = Setup(args), Runs(args)
+    setup, runs = Setup(args), Runs(args.out, "qat_cifar10", report)
     figures: dict[str, Any] = {
         "float32_top1_percent": top1(
             jax.tree_util.Partial(inference, (setup.params, setup.statistics)), *setup.test
@@ -266,7 +250,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
     }
     rows, curves = [], {}
     for name in args.runs:
-        row = runs.get(report, setup, name)
+        row = runs.get(key_of(args, name), lambda name=name: trained(args, report, setup, name))
         figures[f"{name}_top1_percent"] = row["top1"]
         figures[f"{name}_init_top1_percent"] = row["init"]
         figures[f"{name}_minutes"], figures[f"{name}_steps"] = row["minutes"], row["steps"]
