@@ -1,4 +1,4 @@
-"""Distillation: losses on logits, features and relations."""
+"""Distillation: losses on logits, features and relations; teachers."""
 
 from jaxcompress.distill.correlation import dist
 from jaxcompress.distill.curriculum import ctkd_temperature, ctkd_weight
@@ -24,6 +24,12 @@ from jaxcompress.distill.features_projectors import (
 )
 from jaxcompress.distill.features_transformer import tinybert_attention, tinybert_hidden
 from jaxcompress.distill.logits import dkd, kd, nkd, standardize_logits, top_k_kd
+from jaxcompress.distill.mutual import (
+    joint_students,
+    mutual_kd,
+    mutual_loss,
+    stacked_students,
+)
 from jaxcompress.distill.relational import (
     cckd,
     cckd_bilinear,
@@ -40,12 +46,28 @@ from jaxcompress.distill.relational_contrast import (
     crd_init,
     crd_negatives,
 )
+from jaxcompress.distill.teachers import (
+    Teacher,
+    average_logits,
+    average_probabilities,
+    born_again,
+    ensemble,
+    ensemble_of,
+    mean_teacher,
+    product_of_experts,
+    stack_members,
+    teacher_assistants,
+)
 
 __all__ = [
     "CRDMemory",
     "CRDProjections",
     "Projector",
+    "Teacher",
     "attention_transfer",
+    "average_logits",
+    "average_probabilities",
+    "born_again",
     "cckd",
     "cckd_bilinear",
     "conv_projector",
@@ -56,24 +78,34 @@ __all__ = [
     "ctkd_weight",
     "dist",
     "dkd",
+    "ensemble",
+    "ensemble_of",
     "fitnets",
     "generalized_jsd",
     "hierarchical_context",
+    "joint_students",
     "kd",
     "linear_projector",
+    "mean_teacher",
     "minilm_relation",
     "mlp_projector",
+    "mutual_kd",
+    "mutual_loss",
     "nkd",
     "ofd_margin",
     "overhaul",
     "pkt",
+    "product_of_experts",
     "reverse_kd",
     "reverse_skew_kd",
     "rkd_angle",
     "rkd_distance",
     "similarity_preserving",
     "skew_kd",
+    "stack_members",
+    "stacked_students",
     "standardize_logits",
+    "teacher_assistants",
     "tinybert_attention",
     "tinybert_hidden",
     "top_k_kd",
