@@ -2,17 +2,17 @@
 
     python -m experiments.prune_cifar10 --json
 
-ResNet-20 and -32 with BatchNorm folded, from the trained weights, 10,000 test images. Pruned in one
-shot, then fine-tuned on the training images (shifted and mirrored at random) against the labels and
-the dense network, by SGD with Nesterov momentum and a cosine learning rate; three seeds of batches
-and random masks. Variants:
+ResNet-20 and -32 from the trained weights, 10,000 test images. Pruned in one shot, then fine-tuned,
+BatchNorm over the batches, on the training images (shifted and mirrored at random) against the
+labels and the dense network, by SGD with Nesterov momentum and a cosine learning rate; three seeds
+of batches and random masks. Variants:
   unstructuredR  R % of all weights zero, those with the lowest LAMP scores over all layers together
-                 (plain magnitudes empty whole layers, for the folded scales differ), the others
-                 fitted by least squares to the outputs of the dense network on 512 images;
+                 (plain magnitudes empty whole layers), the others fitted by least squares to the
+                 outputs of the dense network on 512 images;
                  randomR: at random in the shares of ERK, fitted alike
   channelsR      R % fewer MACs: inside every block the channels with the smallest norms over all
                  coupled tensors are cut out, the same share of each, the convolutions behind them
-                 fitted in the same way, and the small network is fine-tuned;
+                 fitted in the same way, and the module is built again with its new widths;
                  randomchannelsR: channels at random
 All are fine-tuned for `--epochs`; unstructured80, random80 and channels50 for `--long-epochs` too,
 and those carry the plain names, the short runs of all "tuned_" before theirs. "cut_": before any
@@ -23,6 +23,7 @@ Result: experiments/results/prune_cifar10.json.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,22 @@ class Network:
 
     def __init__(self, args: Args, report: Report, depth: int):
         self.args, self.report, self.depth = args, report, depth
-        self.fn = resnet_cifar.folded_apply_fn(depth)
-        variables = resnet_cifar.load_pretrained(depth)
-        self.params = jax.tree.map(jnp.asarray, resnet_cifar.fold_batch_norm(variables))
+        self.fn = resnet_cifar.standard_apply_fn(depth)
+        self.variables = jax.tree.map(jnp.asarray, resnet_cifar.load_pretrained(depth))
         self.train, self.test = load_cifar10("train"), load_cifar10("test")
         if args.short:
             (x, y), (u, v) = self.train, self.test
             self.train, self.test = (x[:256], y[:256]), (u[:200], v[:200])
         example = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
         self.example = example
-        self.found = axes(self.fn, self.params, example)
+        self.found = axes(self.fn, self.variables, example)
         # Channels of the residual stream stay: every block reads them.
-        self.inner = [name for name in self.found.groups if "/conv1/" in name]
+        self.inner = [name for name in self.found.groups if re.search(r"layer\d_\d/conv1/", name)]
         self.masked_steps: dict[float, Any] = {}
 
-    def accuracy(self, fn: Callable, params: Any) -> float:
+    def accuracy(self, fn: Callable, variables: Any) -> float:
         """Top-1 on the test images in percent."""
-        return top1(jax.tree_util.Partial(_normalised(fn), params), *self.test)
+        return top1(jax.tree_util.Partial(_normalised(fn), variables), *self.test)
 
     def total_steps(self, epochs: float) -> int:
         """Batches in so many epochs."""
@@ -108,73 +108,93 @@ class Network:
             optax.sgd(rate, momentum=0.9, nesterov=True),
         )
 
-    def step(self, fn: Callable, tx: Any, recipe: jc.Compressor) -> Any:
-        """One step of training against labels and the dense network."""
-        forward = jc.train.fast_kernel_gradients(_normalised(fn))
-        teacher = _normalised(self.fn)
-        return jc.train.make_step(jc.train.stateless(forward), tx, recipe=recipe, teacher=teacher)
+    def step(self, model: Any, tx: Any, recipe: jc.Compressor) -> Any:
+        """One step of training against labels and the dense network; BatchNorm sees the batch."""
+
+        def forward(params, statistics, images):
+            variables = {"params": params, "batch_stats": statistics}
+            x = cifar10_normalise(images)
+            logits, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            return logits, new["batch_stats"]
+
+        forward = jc.train.fast_kernel_gradients(forward)
+        return jc.train.make_step(forward, tx, recipe=recipe, teacher=_normalised(self.fn))
 
     def tuned(self, step: Any, state: Any, epochs: float, seed: int, name: str) -> Any:
-        """The params after fine-tuning."""
-        return fit(
+        """The variables after fine-tuning."""
+        total = self.total_steps(epochs)
+        what = f"ResNet-{self.depth} {name}"
+        state = fit(
             step,
             state,
             self.train,
             size=self._batch(),
-            steps=self.total_steps(epochs),
+            steps=total,
+            teacher_params=self.variables,
             seed=seed,
             augment=mirror_augment,
-            teacher_params=self.params,
-            progress=lambda steps: self.report.progress(steps, f"ResNet-{self.depth} {name}"),
-        ).params
+            progress=lambda steps: self.report.progress(steps, what, total=total),
+        )
+        return {"params": state.params, "batch_stats": state.model_state}
 
     def masked(self, kind: str, ratio: int, epochs: float, seed: int) -> dict[str, float]:
         """Weights zero, wherever they are."""
-        share = jc.prune.one_shot(ratio / 100)
+        share, params = jc.prune.one_shot(ratio / 100), self.variables["params"]
         if kind == "random":
             chosen = jc.prune.random(share, key=jax.random.key(seed), scope=jc.prune.erk())
         else:
             chosen = jc.prune.lamp(share)
-        masks = jc.prune.masks(chosen.init(self.params), self.params)
-        params = self.compensated(masks, ".*kernel", seed)
+        masks = jc.prune.masks(chosen.init(params), params)
+        everything = jax.tree.map(lambda _: jnp.ones((), bool), self.variables)
+        variables = self.compensated(everything | {"params": masks}, ".*kernel", seed)
         recipe, tx = jc.prune.fixed(masks), jc.prune.masked_optimizer(self.optimizer(epochs))
         if epochs not in self.masked_steps:  # masks lie in the state: one program for all of them
-            self.masked_steps[epochs] = self.step(self.fn, tx, recipe)
-        state = jc.train.create(params, recipe, tx)
-        before = self.accuracy(self.fn, params)
+            model = resnet_cifar.ResNetCifar(self.depth)
+            self.masked_steps[epochs] = self.step(model, tx, recipe)
+        state = jc.train.create(
+            variables["params"], recipe, tx, model_state=variables["batch_stats"]
+        )
+        before = self.accuracy(self.fn, variables)
         step = self.masked_steps[epochs]
-        params = self.tuned(step, state, epochs, seed, f"{kind}{ratio}, seed {seed}")
-        row = {"cut": before, "tuned": self.accuracy(self.fn, params)}
-        return {**row, "sparsity": 100 * jc.prune.sparsity_of(params)}
+        variables = self.tuned(step, state, epochs, seed, f"{kind}{ratio}, seed {seed}")
+        row = {"cut": before, "tuned": self.accuracy(self.fn, variables)}
+        return {**row, "sparsity": 100 * jc.prune.sparsity_of(variables["params"])}
 
     def shrunk(self, kind: str, ratio: int, epochs: float, seed: int) -> dict[str, float]:
-        """Channels cut out, and the small network fine-tuned."""
-        scores: dict[str, Any] = dict(group_norms(self.found, self.params))
+        """Channels cut out, the module built again with its new widths, and fine-tuned."""
+        scores: dict[str, Any] = dict(group_norms(self.found, self.variables))
         if kind == "randomchannels":
             rng = np.random.default_rng(seed)
             scores = {name: rng.random(np.size(score)) for name, score in scores.items()}
         inner = {name: scores[name] for name in self.inner}
         kept = groups_for_macs(self.found, inner, 1 - ratio / 100)
         masks = group_masks(self.found, kept)
-        params = self.compensated(masks, ".*_[0-9]/conv2/kernel", seed)
-        fn, small, _ = shrink(self.fn, params, kept, self.example, axes=self.found)
+        variables = self.compensated(masks, ".*_[0-9]/conv2/kernel", seed)
+        _, small, _ = shrink(self.fn, variables, kept, self.example, axes=self.found)
+        params = small["params"]
+        blocks = [params[name] for name in sorted(params) if name.startswith("layer")]
+        widths = tuple(block["conv1"]["kernel"].shape[-1] for block in blocks)
+        model = resnet_cifar.ResNetCifar(self.depth, inner=widths)
+        before = self.accuracy(model.apply, small)
         tx, recipe = self.optimizer(epochs), jc.identity()
-        before = self.accuracy(fn, small)
-        step, state = self.step(fn, tx, recipe), jc.train.create(small, recipe, tx)
-        params = self.tuned(step, state, epochs, seed, f"{kind}{ratio}, seed {seed}")
+        state = jc.train.create(params, recipe, tx, model_state=small["batch_stats"])
+        step = self.step(model, tx, recipe)
+        variables = self.tuned(step, state, epochs, seed, f"{kind}{ratio}, seed {seed}")
         macs = 100 * group_macs(self.found, kept) / group_macs(self.found, {})
-        sizes = [sum(w.size for w in jax.tree.leaves(tree)) for tree in (small, self.params)]
-        row = {"cut": before, "tuned": self.accuracy(fn, params), "macs": macs}
+        sizes = [
+            sum(w.size for w in jax.tree.leaves(tree["params"])) for tree in (small, self.variables)
+        ]
+        row = {"cut": before, "tuned": self.accuracy(model.apply, variables), "macs": macs}
         return {**row, "params": 100 * sizes[0] / sizes[1]}
 
     def compensated(self, masks: Any, layers: str, seed: int) -> Any:
-        """The params with some layers fitted to what the masks leave of their inputs."""
+        """The variables with some layers fitted to what the masks leave of their inputs."""
         rows = np.random.default_rng(seed).choice(
             len(self.train[0]), 64 if self.args.short else 512
         )
         data = [(cifar10_normalise(self.train[0][part]),) for part in np.split(rows, 2)]
         return jc.prune.sparse_gpt(
-            self.fn, self.params, data, {layers: 0.0}, masks=masks, sweeps=2
+            self.fn, self.variables, data, {layers: 0.0}, masks=masks, sweeps=2
         )[0]
 
     def variant(self, name: str, epochs: float, seed: int) -> dict[str, float]:
@@ -218,7 +238,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
     for depth in args.depths[:1] if args.short else args.depths:
         network = Network(args, report, depth)
         prefix = "" if depth == 20 else f"resnet{depth}_"
-        dense = network.accuracy(network.fn, network.params)
+        dense = network.accuracy(network.fn, network.variables)
         figures[f"{prefix}float32_top1_percent"] = dense
         plans = [(name, "", long_epochs) for name in chosen if name in LONG]
         plans += [(name, "tuned_", epochs) for name in chosen]

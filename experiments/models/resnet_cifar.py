@@ -69,15 +69,17 @@ def shortcut_a(x: jax.Array, *, features: int, stride: int) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Two units and a shortcut."""
+    """Two units and a shortcut; `inner` channels between the units, default `features`."""
 
     features: int
     stride: int
     unit: Unit
+    inner: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = self.unit(x, index=1, features=self.features, stride=self.stride, train=train)
+        inner = self.features if self.inner is None else self.inner
+        y = self.unit(x, index=1, features=inner, stride=self.stride, train=train)
         y = self.unit(nn.relu(y), index=2, features=self.features, stride=1, train=train)
         if x.shape != y.shape:
             x = shortcut_a(x, features=self.features, stride=self.stride)
@@ -92,23 +94,28 @@ class ResNetCifar(nn.Module):
       num_classes: number of logits.
       width: channels of the first stage, even; the stages have width, 2 width and 4 width.
       unit: `conv_batch_norm` (standard) or `conv_bias` (folded).
+      inner: channels inside each block, from the first to the last; default as outside.
     """
 
     depth: int = 20
     num_classes: int = 10
     width: int = 16
     unit: Unit = conv_batch_norm
+    inner: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         self._check(x)
         x = nn.relu(self.unit(x, index=1, features=self.width, stride=1, train=train))
+        blocks = (self.depth - 2) // 6
         for stage in (1, 2, 3):
             features = self.width * 2 ** (stage - 1)
-            for block in range((self.depth - 2) // 6):
+            for block in range(blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
                 name = f"layer{stage}_{block}"
-                x = Block(features, stride, self.unit, name=name)(x, train=train)
+                place = (stage - 1) * blocks + block
+                inner = None if self.inner is None else self.inner[place]
+                x = Block(features, stride, self.unit, inner, name=name)(x, train=train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, kernel_init=_conv_init, name="linear")(x)
 
@@ -117,6 +124,8 @@ class ResNetCifar(nn.Module):
             raise ValueError(f"depth must be one of {DEPTHS}, got {self.depth}")
         if self.width < 2 or self.width % 2:
             raise ValueError(f"width must be even and positive, got {self.width}")
+        if self.inner is not None and len(self.inner) != (self.depth - 2) // 2:
+            raise ValueError(f"inner must have {(self.depth - 2) // 2} widths, got {self.inner}")
         if x.ndim != 4 or x.shape[-1] != 3:
             raise ValueError(f"images must be [B, H, W, 3], got {x.shape}")
 
