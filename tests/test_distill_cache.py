@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxcompress as jc
@@ -110,6 +111,31 @@ def test_outputs_of_an_epoch_are_those_of_the_inputs_the_student_sees(tmp_path):
         )
     assert np.any(found(order, epoch=0) != found(order, epoch=1))
     assert cached(tmp_path, augment=noise, seed=3, epochs=3).computed == (2,)
+
+
+def test_cached_outputs_teach_in_the_loop_as_the_live_teacher_does(tmp_path):
+    labels = np.arange(11, dtype=np.int32) % 7
+    found = cached(tmp_path, augment=noise, seed=3, epochs=2)
+    numbered = jc.train.batches((np.arange(11, dtype=np.int32), INPUTS, labels), size=4, seed=0)
+
+    def batch_at(step):
+        numbers, inputs, target = numbered(step)
+        epoch = step // numbered.steps_per_epoch % 2
+        seen = distill.augment_examples(noise, jax.random.key(3), epoch, numbers, inputs)
+        return {"x": seen, "teacher": found(numbers, epoch=epoch)}, target
+
+    def trained(known):
+        tx = optax.sgd(0.1)
+        student = jc.train.stateless(lambda params, inputs: inputs["x"] @ params["w"])
+        step = jc.train.make_step(student, tx, teacher=known)
+        start = {"w": jnp.zeros((6, 7))}
+        state = jc.train.create(start, jc.identity(), tx)
+        return jc.train.fit(step, state, batch_at, steps=5, teacher_params=PARAMS).params["w"]
+
+    live = trained(lambda params, inputs: teacher(params, inputs["x"]))
+    np.testing.assert_allclose(
+        trained(lambda params, inputs: inputs["teacher"]), live, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_float16_rounds_once_and_refuses_what_it_cannot_hold(tmp_path):

@@ -111,7 +111,10 @@ def cached_outputs(
       epochs: how many augmented versions of the data to keep; a longer training goes round:
         `outputs(indices, epoch=epoch % epochs)`.
       storage: `Dense()` (the default, float32, exact), `Dense("float16")` or `TopK(k)`.
-      batch_size: examples at a time.
+      batch_size: examples at a time; the last bits of a network's outputs may depend on it.
+
+    In training, put the rows of a batch beside its inputs, and take them as the teacher:
+    `make_step(..., teacher=lambda params, inputs: inputs["teacher"])`.
 
     Raises:
       ValueError: no examples, arrays of different lengths, epochs without augmentation, outputs
