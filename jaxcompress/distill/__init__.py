@@ -1,5 +1,6 @@
-"""Distillation: losses on logits, features and relations; teachers."""
+"""Distillation: losses on logits, features and relations; teachers and their outputs on disk."""
 
+from jaxcompress.distill.cache import CachedOutputs, augment_examples, cached_outputs
 from jaxcompress.distill.correlation import dist
 from jaxcompress.distill.curriculum import ctkd_temperature, ctkd_weight
 from jaxcompress.distill.divergences import (
@@ -46,6 +47,7 @@ from jaxcompress.distill.relational_contrast import (
     crd_init,
     crd_negatives,
 )
+from jaxcompress.distill.storage import Dense, TopK
 from jaxcompress.distill.teachers import (
     Teacher,
     average_logits,
@@ -62,12 +64,17 @@ from jaxcompress.distill.teachers import (
 __all__ = [
     "CRDMemory",
     "CRDProjections",
+    "CachedOutputs",
+    "Dense",
     "Projector",
     "Teacher",
+    "TopK",
     "attention_transfer",
+    "augment_examples",
     "average_logits",
     "average_probabilities",
     "born_again",
+    "cached_outputs",
     "cckd",
     "cckd_bilinear",
     "conv_projector",
