@@ -49,7 +49,11 @@ def everything():
         jc.train.stateless(network),
         tx,
         recipe=recipe,
-        loss=jc.train.hinton_loss(temperature=optax.linear_schedule(6.0, 2.0, 12)),
+        loss=jc.train.hinton_loss(
+            temperature=optax.linear_schedule(6.0, 2.0, 12),
+            kd_weight=optax.linear_schedule(0.5, 0.9, 12),
+            ce_weight=optax.linear_schedule(0.5, 0.1, 12),
+        ),
         teacher=network,
         activations=act,
         ema_decay=0.9,
@@ -157,8 +161,26 @@ def test_the_loop_compiles_the_step_once_and_transfers_nothing_in_secret(compose
             log=tmp_path / "log",
             checkpoints=Checkpoints(tmp_path / "saved", every=4),
         )
-    # Temperature, sparsity, masks and learning rate changed; only the check of the state is new.
+    # Temperature, loss weights, sparsity, masks and learning rate changed; only the check of the
+    # state is new.
     assert len(compiled) <= 1 and step._cache_size() == 1 and int(done.step) == 9
+
+
+def test_one_program_trains_at_any_number_of_bits():
+    _, _, data = linear()
+    tx, start = optax.sgd(0.1), {"w": params_of(2)["head"].reshape(4, 2)[:3]}
+    batch = data(0)
+
+    def trained(bits):
+        recipe = jc.quantize.weights(jc.formats.integer(bits), axis=-1)
+        step = jc.train.make_step(jc.train.stateless(lambda p, x: x @ p["w"]), tx, recipe=recipe)
+        state, _ = step(jc.train.create(start, recipe, tx), (), batch)
+        return recipe.apply(state.params, recipe.update(state.params, state.compress))["w"]
+
+    any_bits: Any = jax.jit(trained)
+    for bits in (2, 4, 8):
+        np.testing.assert_allclose(any_bits(jnp.int32(bits)), trained(bits), rtol=1e-6)
+    assert any_bits._cache_size() == 1
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch():

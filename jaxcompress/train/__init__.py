@@ -1,4 +1,4 @@
-"""Training: one state, one step."""
+"""Training: one state, one step, and a loop that goes on where it was killed."""
 
 from jaxcompress.train import augment
 from jaxcompress.train.checkpoint import Checkpoints, restore

@@ -1,0 +1,99 @@
+"""Two processes on this machine train together to the state of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.broad
+
+CHILD = """
+import json, os, sys
+import jax, numpy as np, optax
+import jax.numpy as jnp
+folder, processes, index, steps, port = sys.argv[1], *map(int, sys.argv[2:])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+if processes > 1:
+    jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
+import jaxcompress as jc
+
+assert jax.process_count() == processes and jax.device_count() == 2
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+along, everywhere = (
+    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ())
+)
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(48, 4, 4, 1)).astype(np.float32), rng.integers(0, 3, 48)
+shapes = [{"w": (16, n), "v": (n, 3)} for n in (8, 16)]
+weights = [
+    {name: rng.normal(size=shape).astype(np.float32) for name, shape in network.items()}
+    for network in shapes
+]
+fn = lambda p, x: jax.nn.relu(x.reshape(len(x), -1) @ p["w"]) @ p["v"]
+recipe = jc.chain(
+    jc.prune.magnitude(0.5), jc.by_path({".*": jc.quantize.weights(jc.formats.integer(8), axis=-1)})
+)
+tx = jc.prune.masked_optimizer(optax.sgd(0.05, momentum=0.9))
+step = jc.train.make_step(jc.train.stateless(fn), tx, recipe=recipe, teacher=fn)
+state = jc.train.create(jax.tree.map(jnp.asarray, weights[0]), recipe, tx)
+crop = lambda k, x: jc.train.augment.random_crop(k, x, padding=1)
+state = jc.train.fit(
+    step,
+    jc.train.place(state, everywhere),
+    jc.train.batches(
+        (x, y), size=8, seed=0, augment=jc.train.augment.on_inputs(crop), sharding=along
+    ),
+    steps=steps,
+    teacher_params=jc.train.place(weights[1], everywhere),
+    log=f"{folder}/log.jsonl",
+    checkpoints=jc.train.Checkpoints(f"{folder}/saved", every=3),
+)
+if index == 0:
+    found = jc.core.leaves_with_paths(jax.device_get(state))
+    np.savez(f"{folder}/state.npz", **{path: leaf for path, leaf in found})
+"""
+
+
+def train(folder, processes, steps):
+    """The state and the log after `steps`, by processes with two devices between them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUMPY")}
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
+    env["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "programs")
+    command = [sys.executable, "-c", CHILD, str(folder), str(processes)]
+    children = [
+        subprocess.Popen(
+            [*command, str(index), str(steps), str(port)],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+    try:
+        for child in children:
+            _, errors = child.communicate(timeout=240)
+            assert child.returncode == 0, errors
+    finally:
+        for child in children:
+            child.kill()
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    with np.load(folder / "state.npz") as file:
+        return dict(file), rows
+
+
+def test_two_processes_train_and_resume_to_the_state_of_one(tmp_path):
+    one, rows = train(tmp_path / "one", 1, 8)
+    train(tmp_path / "two", 2, 4)
+    two, split_rows = train(tmp_path / "two", 2, 8)  # from the checkpoint of step 4
+    assert one.keys() == two.keys() and int(two["step"]) == 8
+    for path, leaf in one.items():
+        np.testing.assert_array_equal(two[path], leaf, err_msg=path)
+    assert [row["step"] for row in split_rows] == list(range(1, 9))
+    assert [row["loss"] for row in split_rows] == [row["loss"] for row in rows]
