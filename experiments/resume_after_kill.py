@@ -1,7 +1,7 @@
 """Does a run that is killed again and again end exactly where an undisturbed one ends?
 
 Command   python -m experiments.resume_after_kill --json
-Device    CPU, 2 cores, 1 and 8 virtual devices; about 7 minutes
+Device    CPU, 2 cores, 1 and 8 virtual devices; about 5 minutes
 Result    experiments/results/resume_after_kill.json
 
 A small CNN learns the digits of scikit-learn from a teacher, pruned and quantized to int8 while it
