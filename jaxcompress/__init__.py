@@ -1,6 +1,17 @@
 """jaxcompress: a smaller network that keeps its accuracy, for the device it must run on."""
 
-from jaxcompress import core, distill, export, formats, graph, plot, prune, quantize, train
+from jaxcompress import (
+    core,
+    distill,
+    export,
+    formats,
+    graph,
+    plot,
+    prune,
+    quantize,
+    search,
+    train,
+)
 from jaxcompress import cost as cost
 from jaxcompress.core import (
     Compressor,
@@ -15,10 +26,12 @@ from jaxcompress.core import (
     per_leaf,
     unpack,
 )
+from jaxcompress.search import Budget
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "CompressState",
     "Compressor",
     "Masked",
@@ -38,6 +51,7 @@ __all__ = [
     "plot",
     "prune",
     "quantize",
+    "search",
     "train",
     "unpack",
 ]

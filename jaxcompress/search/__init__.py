@@ -1,0 +1,19 @@
+"""Search: the best choice per site (bits, sparsity, width) that fits a device's limits."""
+
+from jaxcompress.search.baselines import evolve, greedy
+from jaxcompress.search.pareto import Front, front
+from jaxcompress.search.problem import Budget, Choice, Problem
+from jaxcompress.search.solve import Solution, rerank, solve
+
+__all__ = [
+    "Budget",
+    "Choice",
+    "Front",
+    "Problem",
+    "Solution",
+    "evolve",
+    "front",
+    "greedy",
+    "rerank",
+    "solve",
+]
