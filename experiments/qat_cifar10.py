@@ -44,9 +44,9 @@ class Args(Options):
 
     runs: tuple[str, ...] = RUNS
     """Which of them."""
-    epochs_w4a4: float = 1.0
+    epochs_w4a4: float = 2.0
     """Epochs, or a part of one."""
-    epochs_w2a2: float = 2.5
+    epochs_w2a2: float = 4.0
     """Epochs, or a part of one."""
     rate_w4a4: float = 0.01
     """Learning rate at the start; it falls to 0 along a cosine."""
