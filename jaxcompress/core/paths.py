@@ -48,12 +48,14 @@ def near_misses(name: str, candidates: Iterable[str], *, most: int = 3) -> list[
     return [lowered[c] for c in close[:most]]
 
 
-def match_rules(rules: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str | None]:
+def match_rules(
+    rules: Mapping[str, Any], paths: Iterable[str], *, what: str = "parameter"
+) -> dict[str, str | None]:
     """Maps every path to the first rule (a regex that matches the whole path), or to None.
 
     Raises:
       ValueError: a rule is not a regular expression, or it is the first match of no path; the
-        message names the nearest paths.
+        message names the nearest paths (what: what has these paths).
 
     >>> match_rules({".*kernel": 1, "head/.*": 2}, ["body/kernel", "head/bias", "scale"])
     {'body/kernel': '.*kernel', 'head/bias': 'head/.*', 'scale': None}
@@ -77,9 +79,9 @@ def match_rules(rules: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str
                 f"{shadowed[0]!r} goes to {matched[shadowed[0]]!r}; put the narrower rule first"
             )
         nearest = near_misses(rule, paths)
-        hint = ", ".join(map(repr, nearest or paths[:3])) or "there are no parameters"
+        hint = ", ".join(map(repr, nearest or paths[:3])) or f"there are no {what}s"
         raise ValueError(
-            f"rule {rule!r} matches no parameter; nearest: {hint} "
+            f"rule {rule!r} matches no {what}; nearest: {hint} "
             "(rules are regular expressions that match the whole path)"
         )
     return matched

@@ -48,6 +48,7 @@ from jaxcompress.distill.relational_contrast import (
     crd_negatives,
 )
 from jaxcompress.distill.storage import Dense, TopK
+from jaxcompress.distill.taps import linen_features, nnx_features
 from jaxcompress.distill.teachers import (
     Teacher,
     average_logits,
@@ -93,12 +94,14 @@ __all__ = [
     "joint_students",
     "kd",
     "linear_projector",
+    "linen_features",
     "mean_teacher",
     "minilm_relation",
     "mlp_projector",
     "mutual_kd",
     "mutual_loss",
     "nkd",
+    "nnx_features",
     "ofd_margin",
     "overhaul",
     "pkt",
