@@ -4,6 +4,7 @@ from jaxcompress.search.baselines import evolve, greedy
 from jaxcompress.search.pareto import Front, front
 from jaxcompress.search.problem import Budget, Choice, Problem
 from jaxcompress.search.solve import Solution, rerank, solve
+from jaxcompress.search.students import Student, effective_parameters, students, train_students
 
 __all__ = [
     "Budget",
@@ -11,9 +12,13 @@ __all__ = [
     "Front",
     "Problem",
     "Solution",
+    "Student",
+    "effective_parameters",
     "evolve",
     "front",
     "greedy",
     "rerank",
     "solve",
+    "students",
+    "train_students",
 ]
