@@ -15,12 +15,14 @@ from experiments import (
     cost_validation,
     count,
     data,
+    distill_digits,
     integer_cifar10,
     prune_cifar10,
     prune_minilm,
     ptq_cifar10,
     ptq_lm,
     ptq_minilm,
+    qat_cifar10,
     quickstart,
 )
 from experiments import equalize as equalize_experiment
@@ -271,3 +273,26 @@ def test_the_benchmark_of_the_train_step_times_all_its_parts(capsys):
     assert row["overhead_over_plain_plus_teacher"] == pytest.approx(
         row["composed_s"] / (row["plain_s"] + row["teacher_s"])
     )
+
+
+@needs_cifar
+def test_qat_cifar10_keeps_its_runs(capsys, tmp_path):
+    flags = ["--runs", "w4a4", "--out", str(tmp_path)]
+    row = call(qat_cifar10, "qat_cifar10", capsys, *flags)
+    assert row["w4a4_steps"] == 4 and row["w4a4_packed_bytes"] < 150_000
+    # From the least squares start on a handful of images: far above chance before training.
+    assert row["w4a4_init_top1_percent"] > 80
+    again = call(qat_cifar10, "qat_cifar10", capsys, *flags)
+    assert again["w4a4_minutes"] == row["w4a4_minutes"]  # from the file
+    line = fails(qat_cifar10, "qat_cifar10", capsys, "--runs", "w3a3")
+    assert "unknown --runs ['w3a3']" in line
+
+
+def test_distill_digits(capsys):
+    row = call(distill_digits, "distill_digits", capsys)
+    name = "int8_sparse50"
+    gain = row[f"{name}_distilled_top1_percent"] - row[f"{name}_top1_percent"]
+    assert abs(row[f"{name}_gain_points"] - gain) < 1e-9
+    assert row["seeds"] == 2 and row["labels"] == 100
+    line = fails(distill_digits, "distill_digits", capsys, "--labels", "5")
+    assert "--labels must be 10 to 1000, got 5" in line
