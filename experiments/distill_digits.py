@@ -45,9 +45,9 @@ class Args(Options):
     """Paired runs of every variant."""
     labels: int = 100
     """Labelled images of the student."""
-    steps: int = 600
+    steps: int = 1500
     """Steps of a student, each on 64 labelled and 64 other images."""
-    teacher_steps: int = 600
+    teacher_steps: int = 1500
     """Steps of a teacher."""
     learning_rate: float = 3e-3
     """Of Adam at the start; it falls to 0 along a cosine."""
