@@ -174,3 +174,31 @@ def test_bad_input(network):
         sensitivity(apply_fn, params, batches, weights=WEIGHTS, targets=labels[:1])
     with pytest.raises(ValueError, match="matches no contraction; nearest: conv1/kernel"):
         sensitivity(apply_fn, params, batches, weights=WEIGHTS, sites="conv1")
+
+
+def test_many_sites_at_once_and_weights_as_a_tree(network):
+    apply_fn, params, batches, _ = network
+    view = WEIGHTS["int4"].apply(params, WEIGHTS["int4"].init(params))
+    evaluator = jc.search.Evaluator(
+        apply_fn, params, batches, weights={"ready": view, **WEIGHTS}, activations=ACTIVATIONS
+    )
+    assert evaluator.options == (("ready", *WEIGHTS), tuple(ACTIVATIONS))
+    everywhere = lambda name: dict.fromkeys(evaluator.sites[0], name)
+    mixed = everywhere("int2") | {"linear/kernel": "int8"}
+    taps = {"conv2/kernel": "uint4"}
+    recipe = jc.by_path({"linear/kernel": WEIGHTS["int8"], ".*kernel": WEIGHTS["int2"]},
+                        default=jc.identity())  # fmt: skip
+    mixed_view = recipe.apply(params, recipe.update(params, recipe.init(params)))
+    act = jc.quantize.activations(apply_fn, ACTIVATIONS["uint4"], sites="conv2/kernel")
+    grids = jc.quantize.calibrate_activations(act, params, batches)
+    expected = means(network, lambda x: act.apply(grids, mixed_view, x))[0]
+    np.testing.assert_allclose(evaluator.measure(mixed, taps)["kl"], expected, rtol=1e-4)
+    same = [evaluator.measure(everywhere(name))["kl"] for name in ("ready", "int4")]
+    np.testing.assert_allclose(*same, rtol=1e-6)
+    with pytest.raises(ValueError, match="no site 'conv3/kernel'; nearest: conv"):
+        evaluator.measure({"conv3/kernel": "int2"})
+    with pytest.raises(ValueError, match="has no option 'int3'"):
+        evaluator.measure({"conv1/kernel": "int3"})
+    with pytest.raises(ValueError, match="leaf 'conv1/bias' must be"):
+        wrong = jax.tree.map(lambda w: w[..., :2], params)
+        jc.search.Evaluator(apply_fn, params, batches, weights={"wrong": wrong})

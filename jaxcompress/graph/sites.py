@@ -45,6 +45,12 @@ class Site:
     loops: tuple[int, ...] = ()
     branches: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def leaf(self) -> str | None:
+        """Path of the parameter leaf it is named after; None if it has another name."""
+        base, _, _ = self.name.rpartition("#")
+        return next((path for path in (self.name, base) if path in self.params), None)
+
 
 @dataclass(frozen=True)
 class Tap:

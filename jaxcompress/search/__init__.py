@@ -1,25 +1,34 @@
 """Search: the best choice per site (bits, sparsity, width) that fits a device's limits."""
 
+from jaxcompress.search.automatic import Compressed, Search, compress, integer_options
 from jaxcompress.search.baselines import evolve, greedy
 from jaxcompress.search.pareto import Front, front
+from jaxcompress.search.plan import Plan, load_plan
 from jaxcompress.search.problem import Budget, Choice, Problem
-from jaxcompress.search.sensitivity import Sensitivity, kl, sensitivity
+from jaxcompress.search.sensitivity import Evaluator, Sensitivity, kl, sensitivity
 from jaxcompress.search.solve import Solution, rerank, solve
 from jaxcompress.search.students import Student, effective_parameters, students, train_students
 
 __all__ = [
     "Budget",
     "Choice",
+    "Compressed",
+    "Evaluator",
     "Front",
+    "Plan",
     "Problem",
+    "Search",
     "Sensitivity",
     "Solution",
     "Student",
+    "compress",
     "effective_parameters",
     "evolve",
     "front",
     "greedy",
+    "integer_options",
     "kl",
+    "load_plan",
     "rerank",
     "sensitivity",
     "solve",

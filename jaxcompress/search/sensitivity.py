@@ -1,6 +1,5 @@
 """What does one compressed site cost in accuracy? All sites and options by one program."""
 
-import functools
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from jaxcompress.quantize.calibrate import Calibrator, min_max
 
 Metric = Callable[[Any, Any, Any], Array]
 Values = dict[str, dict[str, dict[str, float]]]
+KINDS = ("weights", "activations")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def sensitivity(
     params: Any,
     batches: Iterable[tuple[Any, ...]],
     *,
-    weights: Mapping[str, Compressor] | None = None,
+    weights: Mapping[str, Any] | None = None,
     activations: Mapping[str, Format] | None = None,
     calibrate: Calibrator | None = None,
     targets: Iterable[Any] | None = None,
@@ -88,7 +88,8 @@ def sensitivity(
       apply_fn: pure, (params, *inputs) -> outputs.
       params: any tree; every leaf that feeds a contraction and matches `sites` is a site.
       batches: tuples of inputs, all of the same shapes; the metrics are means over them.
-      weights: {name of the option: Compressor}; what it makes of a leaf must not depend on others.
+      weights: {name of the option: Compressor, or a tree like `params` of compressed weights}; what
+        one makes of a leaf must not depend on the others.
       activations: {name of the option: Format}, one grid per tensor.
       calibrate: range of the activations, default `quantize.min_max()`.
       targets: one pytree per batch, labels say; given to the metrics.
@@ -117,43 +118,153 @@ def sensitivity(
     >>> print(round(found.weights["a"]["int2"]["mse"], 3))
     0.36
     """
-    options = dict(weights or {}), dict(activations or {})
-    if not options[0] and not options[1]:
-        raise ValueError("sensitivity: give options for weights or for activations")
-    stacked, labels = _stacked(batches, targets)
-    first = jax.tree.map(lambda x: x[0], stacked)
-    names = _sites(apply_fn, params, first, sites, options)
-    sweep = _Sweep(apply_fn, *options, calibrate or min_max(), metrics or {"kl": kl}, names)
-    jobs = [
-        (kind, site, option)
-        for kind, found, chosen in zip(KINDS, names, options, strict=True)
-        for site in found
-        for option in chosen
-    ]
-    identity = functools.partial(_fingerprint, sweep, params, stacked, labels)
-    done = _kept(cache, identity)
-    prepared = jax.jit(sweep.prepare)(params, stacked)
-    evaluate = jax.jit(sweep.evaluate)
+    evaluator = Evaluator(
+        apply_fn,
+        params,
+        batches,
+        weights=weights,
+        activations=activations,
+        calibrate=calibrate,
+        targets=targets,
+        metrics=metrics,
+        sites=sites,
+    )
+    return evaluator.sweep(cache=cache, progress=progress)
 
-    def measured(job: tuple[str, str, str] | None) -> dict[str, float]:
-        values = evaluate(params, prepared, stacked, labels, sweep.choice(job))
+
+class Evaluator:
+    """Metrics of a network with any choice of options per site; arguments as `sensitivity`.
+
+    Two programs are compiled, one here and one at the first `measure`.
+
+    Attributes:
+      sites: names of the leaves; names of the taps.
+      options: names of the options of weights; of activations.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        batches: Iterable[tuple[Any, ...]],
+        *,
+        weights: Mapping[str, Any] | None = None,
+        activations: Mapping[str, Format] | None = None,
+        calibrate: Calibrator | None = None,
+        targets: Iterable[Any] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        sites: str = ".*",
+    ):
+        chosen = dict(weights or {}), dict(activations or {})
+        if not chosen[0] and not chosen[1]:
+            raise ValueError("give options for weights or for activations")
+        stacked, labels = _stacked(batches, targets)
+        first = jax.tree.map(lambda x: x[0], stacked)
+        names = _sites(apply_fn, params, first, sites, chosen)
+        recipes = {k: v for k, v in chosen[0].items() if isinstance(v, Compressor)}
+        given = {k: v for k, v in chosen[0].items() if k not in recipes}
+        for name, tree in given.items():
+            _check_same(f"weights[{name!r}]", tree, params)
+        order = tuple(chosen[0])
+        self._program = _Program(
+            apply_fn,
+            recipes,
+            order,
+            chosen[1],
+            calibrate or min_max(),
+            metrics or {"kl": kl},
+            names,
+        )
+        self._inputs = params, given, stacked
+        self._targets = labels
+        self.sites = tuple(names[0]), tuple(names[1])
+        self.options = order, tuple(chosen[1])
+        self._prepared = jax.jit(self._program.prepare)(*self._inputs)
+        self._evaluate = jax.jit(self._program.evaluate)
+
+    def measure(
+        self, weights: Mapping[str, str] | None = None, activations: Mapping[str, str] | None = None
+    ) -> dict[str, float]:
+        """{metric: value} with {site: option}; sites that are not named stay as they were.
+
+        Raises:
+          ValueError: an unknown site or option.
+        """
+        choice = tuple(
+            _numbers(kind, sites, options, chosen or {})
+            for kind, sites, options, chosen in zip(
+                KINDS, self.sites, self.options, (weights, activations), strict=True
+            )
+        )
+        params, _, batches = self._inputs
+        values = self._evaluate(params, self._prepared, batches, self._targets, choice)
         return {name: float(value) for name, value in jax.device_get(values).items()}
 
-    if "base" not in done:
-        done["base"] = measured(None)
-    for job in progress([job for job in jobs if _key(job) not in done]):
-        done[_key(job)] = measured(job)
-    result: dict[str, Values] = {kind: {} for kind in KINDS}
-    for kind, site, option in jobs:
-        result[kind].setdefault(site, {})[option] = done[_key((kind, site, option))]
-    return Sensitivity(done["base"], **result)
+    def sweep(
+        self,
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> Sensitivity:
+        """All sites and options one at a time; see `sensitivity`."""
+        jobs = [
+            (kind, site, option)
+            for kind, sites, options in zip(KINDS, self.sites, self.options, strict=True)
+            for site in sites
+            for option in options
+        ]
+        done = _kept(cache, self.fingerprint)
+        if "base" not in done:
+            done["base"] = self.measure()
+        for job in progress([job for job in jobs if json.dumps(job) not in done]):
+            kind, site, option = job
+            done[json.dumps(job)] = self.measure(**{kind: {site: option}})
+        result: dict[str, Values] = {kind: {} for kind in KINDS}
+        for kind, site, option in jobs:
+            result[kind].setdefault(site, {})[option] = done[json.dumps((kind, site, option))]
+        return Sensitivity(done["base"], **result)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of function, parameters, data and options."""
+        params, _, batches = self._inputs
+        nothing = tuple(dict.fromkeys(names, 0) for names in self.sites)
+        return fingerprint.of_parts(
+            {
+                "arrays": fingerprint.of_arrays((self._inputs, self._targets)),
+                "prepare": fingerprint.of_function(self._program.prepare, *self._inputs),
+                "evaluate": fingerprint.of_function(
+                    self._program.evaluate,
+                    params,
+                    jax.eval_shape(lambda: self._prepared),
+                    batches,
+                    self._targets,
+                    nothing,
+                ),
+                "options": repr(self.options),
+            }
+        )
 
 
-KINDS = ("weights", "activations")
+def _numbers(
+    kind: str, sites: tuple[str, ...], options: tuple[str, ...], chosen: Mapping[str, str]
+) -> dict[str, int]:
+    """0 for what stays, else 1 + the number of the option, for every site."""
+    for site, option in chosen.items():
+        if site not in sites:
+            near = near_misses(site, sites) or list(sites[:3])
+            raise ValueError(f"{kind}: there is no site {site!r}; nearest: {', '.join(near)}")
+        if option not in options:
+            raise ValueError(f"{kind}: site {site!r} has no option {option!r}, but {list(options)}")
+    return {site: 1 + options.index(chosen[site]) if site in chosen else 0 for site in sites}
 
 
-def _key(job: tuple[str, str, str]) -> str:
-    return json.dumps(job)
+def _check_same(what: str, tree: Any, params: Any) -> None:
+    shapes = [{p: jnp.shape(w) for p, w in leaves_with_paths(t)} for t in (tree, params)]
+    for path in shapes[0].keys() ^ shapes[1].keys():
+        raise ValueError(f"{what}: leaf {path!r} is not in both, the option and the params")
+    for path, shape in shapes[1].items():
+        if shapes[0][path] != shape:
+            raise ValueError(f"{what}: leaf {path!r} must be {shape}, got {shapes[0][path]}")
 
 
 class _Prepared(NamedTuple):
@@ -163,31 +274,23 @@ class _Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class _Program:
     apply_fn: Callable[..., Any]
-    weights: dict[str, Compressor]
+    recipes: dict[str, Compressor]
+    order: tuple[str, ...]  # of all options of weights
     activations: dict[str, Format]
     calibrate: Calibrator
     metrics: Mapping[str, Metric]
     names: tuple[list[str], dict[str, tuple[int, ...]]]  # leaves; taps with their scans
 
-    def choice(self, job: tuple[str, str, str] | None) -> tuple[dict[str, int], dict[str, int]]:
-        """0 for what stays, else 1 + the number of the option, for all sites of both kinds."""
-        chosen = dict.fromkeys(self.names[0], 0), dict.fromkeys(self.names[1], 0)
-        if job is not None:
-            kind, site, option = job
-            options = list(self.weights if kind == KINDS[0] else self.activations)
-            chosen[KINDS.index(kind)][site] = 1 + options.index(option)
-        return chosen
-
-    def prepare(self, params: Any, batches: Any) -> _Prepared:
+    def prepare(self, params: Any, given: dict[str, Any], batches: Any) -> _Prepared:
         """All options of all weights, all grids, and the outputs as they were."""
+        trees = given | {
+            name: recipe.apply(params, recipe.update(params, recipe.init(params)))
+            for name, recipe in self.recipes.items()
+        }
         views: dict[str, list[Array]] = {name: [] for name in self.names[0]}
-        trees = [
-            recipe.apply(params, recipe.update(params, recipe.init(params)))
-            for recipe in self.weights.values()
-        ]
-        for tree in (params, *trees):
+        for tree in (params, *(trees[name] for name in self.order)):
             for path, leaf in leaves_with_paths(tree):
                 if path in views:
                     views[path].append(leaf)
@@ -272,30 +375,13 @@ def _sites(
         matches = re.compile(pattern).fullmatch
     except re.error as error:
         raise ValueError(f"sites={pattern!r} is not a regular expression: {error}") from error
-    largest: dict[str, None] = {}
-    for site in graph.sites:
-        if site.params:
-            largest[max(site.params, key=lambda path: graph.params[path].size)] = None
-    leaves = [path for path in largest if options[0] and matches(path)]
+    named = dict.fromkeys(site.leaf for site in graph.sites if site.leaf is not None)
+    leaves = [path for path in named if options[0] and matches(path)]
     taps = {tap.name: tap.site.loops for tap in graph.taps if options[1] and matches(tap.name)}
     if not leaves and not taps:
-        near = near_misses(pattern, largest) or list(largest)[:3]
+        near = near_misses(pattern, named) or list(named)[:3]
         raise ValueError(f"sites={pattern!r} matches no contraction; nearest: {', '.join(near)}")
     return leaves, taps
-
-
-def _fingerprint(sweep: _Sweep, params: Any, batches: Any, targets: Any) -> str:
-    prepared = jax.eval_shape(sweep.prepare, params, batches)
-    return fingerprint.of_parts(
-        {
-            "arrays": fingerprint.of_arrays((params, batches, targets)),
-            "prepare": fingerprint.of_function(sweep.prepare, params, batches),
-            "evaluate": fingerprint.of_function(
-                sweep.evaluate, params, prepared, batches, targets, sweep.choice(None)
-            ),
-            "options": repr((list(sweep.weights), list(sweep.activations))),
-        }
-    )
 
 
 def _kept(cache: Any, identity: Callable[[], str]) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""A plan: an option for every site, as a JSON file that can be read, edited and replayed."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxcompress.core.files import replacing
+
+_KEYS = {"weights", "activations", "device", "predicted", "loss", "measured"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with every site, and what it should cost.
+
+    Attributes:
+      weights: {path of a leaf: name of an option}.
+      activations: name of the format of all activations; None: as they are.
+      device: name of the device it was made for.
+      predicted: {cost: value}, as `cost.Cost`.
+      loss: sum of the sensitivities of the options, less that of the network as it was.
+      measured: {metric: value} of the plan on the data it was made with.
+    """
+
+    weights: Mapping[str, str] = field(hash=False)
+    activations: str | None = None
+    device: str = ""
+    predicted: Mapping[str, float] = field(default_factory=dict, hash=False)
+    loss: float = 0.0
+    measured: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a JSON file, whole or not at all."""
+        with replacing(path) as file:
+            file.write((json.dumps(vars(self), indent=2) + "\n").encode())
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=88)
+        with console.capture() as captured:
+            console.print(self.__rich__())
+        return captured.get()
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        costs = ", ".join(f"{name} {value:,.6g}" for name, value in self.predicted.items())
+        table = Table(title=f"{self.device}: {costs}", title_justify="left")
+        table.add_column("weights")
+        table.add_column("option")
+        for site, option in self.weights.items():
+            table.add_row(site, option)
+        return table
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """The plan of a JSON file, `Plan.save` or a hand wrote.
+
+    Raises:
+      ValueError: it is no such file; the message says what is wrong.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"plan {path}: no JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("weights"), dict):
+        raise ValueError(f'plan {path}: there must be an object "weights" of sites and options')
+    unknown = set(found) - _KEYS
+    if unknown:
+        raise ValueError(f"plan {path}: unknown {sorted(unknown)}; known: {sorted(_KEYS)}")
+    wrong = {
+        site: option for site, option in found["weights"].items() if not isinstance(option, str)
+    }
+    if wrong:
+        raise ValueError(f"plan {path}: options must be names, got {wrong}")
+    return Plan(**found)
