@@ -1,4 +1,4 @@
-"""Plots on Matplotlib axes: where the time goes, what bounds it, how costs compare."""
+"""Plots on Matplotlib axes: where time goes, how costs compare, what sites and sizes lose."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 from jaxcompress.cost import Cost
 from jaxcompress.cost.report import contractions
 from jaxcompress.cost.result import LayerCost
+from jaxcompress.search.pareto import Front
+from jaxcompress.search.sensitivity import Sensitivity
 
 _COLORS = {"compute": "tab:blue", "memory": "tab:orange", "overhead": "tab:gray", "": "tab:gray"}
 
@@ -131,4 +133,52 @@ def compare(
     axes.set_yticks([])
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel=quantity, title="hatched: does not fit")
+    return axes
+
+
+def sensitivity(
+    found: Sensitivity, axes: Any = None, *, metric: str = "kl", kind: str = "weights"
+) -> Any:
+    """A map of sites by options: how much each raises a metric alone, on a logarithmic scale.
+
+    Args:
+      found: what `search.sensitivity` gave.
+      axes: Matplotlib axes; None for the current ones.
+      metric, kind: as `Sensitivity.increase`. Increases of at most 1e-9 have one color.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: Matplotlib is not installed.
+      ValueError: no such metric or kind.
+    """
+    increase = found.increase(metric, kind)
+    axes = _axes(axes)
+    options = list(next(iter(increase.values()), {}))
+    values = [[max(by[name], 1e-9) for name in options] for by in increase.values()]
+    image = axes.imshow(values, norm="log", aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(options)), options)
+    axes.set_yticks(range(len(increase)), list(increase), fontsize=6)
+    axes.set_title(f"increase of {metric} by one site alone ({kind})")
+    axes.figure.colorbar(image, ax=axes)
+    return axes
+
+
+def front(found: Front, axes: Any = None) -> Any:
+    """The Pareto front of a problem: the least sum of losses by cost.
+
+    Args:
+      found: what `search.front` gave.
+      axes: Matplotlib axes; None for the current ones.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: Matplotlib is not installed.
+    """
+    axes = _axes(axes)
+    axes.step(found.cost, found.loss, where="post", marker=".", label="front")
+    axes.set(xlabel=found.name, ylabel="sum of losses", title=f"{len(found)} best of all choices")
     return axes

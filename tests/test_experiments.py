@@ -24,6 +24,7 @@ from experiments import (
     ptq_minilm,
     qat_cifar10,
     quickstart,
+    search_cifar10,
 )
 from experiments import equalize as equalize_experiment
 from experiments import formats as formats_experiment
@@ -296,3 +297,14 @@ def test_distill_digits(capsys):
     assert row["seeds"] == 2 and row["labels"] == 100
     line = fails(distill_digits, "distill_digits", capsys, "--labels", "5")
     assert "--labels must be 10 to 1000, got 5" in line
+
+
+@needs_cifar
+@pytest.mark.long
+def test_search_cifar10_beats_uniform_bits(capsys, tmp_path):
+    row = call(search_cifar10, "search_cifar10", capsys, "--out", str(tmp_path))
+    assert row["plan_1_bytes"] <= row["uniform_1_bytes"] and row["sites"] == 20
+    assert row["plan_1_kl"] <= row["uniform_1_kl"]
+    assert jc.search.load_plan(tmp_path / "search_cifar10_plan_1.json").device == "stm32h743"
+    line = fails(search_cifar10, "search_cifar10", capsys, "--images", "10")
+    assert "--images must be at least 64, got 10" in line

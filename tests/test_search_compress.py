@@ -107,3 +107,23 @@ def test_layers_left_alone_and_several_budgets(network):
     np.testing.assert_array_equal(kept, network[1]["linear"]["kernel"])
     assert found.cost.weight_bytes <= 3000 and not found.grids
     assert found(network[2][0][0]).shape == (32, 10)
+
+
+def test_plots(search):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes = jc.plot.sensitivity(search.sensitivity, plt.figure().gca())
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == list(OPTIONS)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == search.sites
+    shown = axes.images[0].get_array()
+    increase = search.sensitivity.increase("kl")["conv2/kernel"]["int2"]
+    np.testing.assert_allclose(shown[search.sites.index("conv2/kernel"), 0], increase, rtol=1e-6)
+    found = jc.search.front(search.problem)
+    line = jc.plot.front(found, plt.figure().gca()).lines[0]
+    np.testing.assert_array_equal(line.get_xdata(), found.cost)
+    with pytest.raises(ValueError, match="was not measured"):
+        jc.plot.sensitivity(search.sensitivity, metric="loss")
+    plt.close("all")
