@@ -31,6 +31,7 @@ from experiments import formats as formats_experiment
 from experiments._report import run
 from experiments.benchmarks import formats as formats_benchmark
 from experiments.benchmarks import gptq as gptq_benchmark
+from experiments.benchmarks import search as search_benchmark
 from experiments.benchmarks import shrink as shrink_benchmark
 from experiments.benchmarks import stream as stream_benchmark
 from experiments.benchmarks import train_step as train_step_benchmark
@@ -308,3 +309,12 @@ def test_search_cifar10_beats_uniform_bits(capsys, tmp_path):
     assert jc.search.load_plan(tmp_path / "search_cifar10_plan_1.json").device == "stm32h743"
     line = fails(search_cifar10, "search_cifar10", capsys, "--images", "10")
     assert "--images must be at least 64, got 10" in line
+
+
+@needs_cifar
+def test_search_benchmark(capsys):
+    row = call(search_benchmark, "search", capsys)
+    assert row["sweep_compilations"] <= 2 and row["configurations"] == 8
+    assert {"sweep_speedup", "front_50x6_s", "three_budgets_s"} <= set(row)
+    line = fails(search_benchmark, "search", capsys, "--images", "0")
+    assert "must be positive" in line

@@ -158,9 +158,8 @@ class Evaluator:
         chosen = dict(weights or {}), dict(activations or {})
         if not chosen[0] and not chosen[1]:
             raise ValueError("give options for weights or for activations")
-        stacked, labels = _stacked(batches, targets)
-        first = jax.tree.map(lambda x: x[0], stacked)
-        names = _sites(apply_fn, params, first, sites, chosen)
+        listed, labels = _checked(batches, targets)
+        names = _sites(apply_fn, params, listed[0], sites, chosen)
         recipes = {k: v for k, v in chosen[0].items() if isinstance(v, Compressor)}
         given = {k: v for k, v in chosen[0].items() if k not in recipes}
         for name, tree in given.items():
@@ -175,8 +174,7 @@ class Evaluator:
             metrics or {"kl": kl},
             names,
         )
-        self._inputs = params, given, stacked
-        self._targets = labels
+        self._inputs = params, given, listed, labels
         self.sites = tuple(names[0]), tuple(names[1])
         self.options = order, tuple(chosen[1])
         self._prepared = jax.jit(self._program.prepare)(*self._inputs)
@@ -196,8 +194,7 @@ class Evaluator:
                 KINDS, self.sites, self.options, (weights, activations), strict=True
             )
         )
-        params, _, batches = self._inputs
-        values = self._evaluate(params, self._prepared, batches, self._targets, choice)
+        values = self._evaluate(self._inputs[0], self._prepared, choice)
         return {name: float(value) for name, value in jax.device_get(values).items()}
 
     def sweep(
@@ -226,18 +223,15 @@ class Evaluator:
 
     def fingerprint(self) -> str:
         """SHA-256 of function, parameters, data and options."""
-        params, _, batches = self._inputs
         nothing = tuple(dict.fromkeys(names, 0) for names in self.sites)
         return fingerprint.of_parts(
             {
-                "arrays": fingerprint.of_arrays((self._inputs, self._targets)),
+                "arrays": fingerprint.of_arrays(self._inputs),
                 "prepare": fingerprint.of_function(self._program.prepare, *self._inputs),
                 "evaluate": fingerprint.of_function(
                     self._program.evaluate,
-                    params,
+                    self._inputs[0],
                     jax.eval_shape(lambda: self._prepared),
-                    batches,
-                    self._targets,
                     nothing,
                 ),
                 "options": repr(self.options),
@@ -270,7 +264,7 @@ def _check_same(what: str, tree: Any, params: Any) -> None:
 class _Prepared(NamedTuple):
     views: dict[str, Array]  # [1 + options, *shape] for every site, the weights themselves first
     grids: list[dict[str, Any]]  # one for every option: {tap: Grid}
-    reference: Any  # outputs, [batches, ...]
+    batches: Any  # (inputs, outputs as they were, targets), each [batches, ...]
 
 
 @dataclass(frozen=True)
@@ -283,7 +277,7 @@ class _Program:
     metrics: Mapping[str, Metric]
     names: tuple[list[str], dict[str, tuple[int, ...]]]  # leaves; taps with their scans
 
-    def prepare(self, params: Any, given: dict[str, Any], batches: Any) -> _Prepared:
+    def prepare(self, params: Any, given: dict[str, Any], batches: Any, targets: Any) -> _Prepared:
         """All options of all weights, all grids, and the outputs as they were."""
         trees = given | {
             name: recipe.apply(params, recipe.update(params, recipe.init(params)))
@@ -294,10 +288,13 @@ class _Program:
             for path, leaf in leaves_with_paths(tree):
                 if path in views:
                     views[path].append(leaf)
+        stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        inputs = stack(batches)
+        reference = lax.map(lambda x: self.apply_fn(params, *x), inputs)
         return _Prepared(
             {path: jnp.stack(leaves) for path, leaves in views.items()},
-            self._grids(params, batches),
-            lax.map(lambda inputs: self.apply_fn(params, *inputs), batches),
+            self._grids(params, inputs),
+            (inputs, reference, stack(targets)),
         )
 
     def _grids(self, params: Any, batches: Any) -> list[dict[str, Any]]:
@@ -313,9 +310,7 @@ class _Program:
         stats = lax.scan(see, empty, batches)[0]
         return [quantizer.grids(stats) for quantizer in made]
 
-    def evaluate(
-        self, params: Any, prepared: _Prepared, batches: Any, targets: Any, choice: Any
-    ) -> dict[str, Array]:
+    def evaluate(self, params: Any, prepared: _Prepared, choice: Any) -> dict[str, Array]:
         """Means of the metrics over the batches, with the options that `choice` names."""
         chosen = {path: prepared.views[path][index] for path, index in choice[0].items()}
         paths = (path for path, _ in leaves_with_paths(params))
@@ -340,7 +335,7 @@ class _Program:
                 outputs = walked(states, view, *inputs)[0]
             return {name: fn(outputs, reference, labels) for name, fn in self.metrics.items()}
 
-        values = lax.map(one, (batches, prepared.reference, targets))
+        values = lax.map(one, prepared.batches)
         return jax.tree.map(lambda x: jnp.mean(x.astype(jnp.float32)), values)
 
 
@@ -349,10 +344,12 @@ def _snapped(tap: Any, x: Array, state: tuple[Array, list[Any]]) -> tuple[Array,
     return lax.switch(index, [lambda x: x, *(grid.snap for grid in grids)], x), state
 
 
-def _stacked(batches: Iterable[tuple[Any, ...]], targets: Iterable[Any] | None) -> tuple[Any, Any]:
-    """All batches as one, a new axis in front."""
-    listed = check_batches(batches)
-    labels = [None] * len(listed) if targets is None else list(targets)
+def _checked(
+    batches: Iterable[tuple[Any, ...]], targets: Iterable[Any] | None
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Batches of the same shapes, and the targets of each."""
+    listed = tuple(check_batches(batches))
+    labels = (None,) * len(listed) if targets is None else tuple(targets)
     if len(labels) != len(listed):
         raise ValueError(f"targets: {len(labels)} for {len(listed)} batches; one for each, please")
     shapes = [jax.tree.map(jnp.shape, both) for both in zip(listed, labels, strict=True)]
@@ -362,8 +359,7 @@ def _stacked(batches: Iterable[tuple[Any, ...]], targets: Iterable[Any] | None) 
                 f"batches: number {number} has the shapes {shape}, number 0 {shapes[0]}; all must "
                 "be equal, so that one program serves them"
             )
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    return stack(listed), stack(labels)
+    return listed, labels
 
 
 def _sites(
