@@ -2,6 +2,7 @@
 
 from jaxcompress.search.automatic import Compressed, Search, compress, integer_options
 from jaxcompress.search.baselines import evolve, greedy
+from jaxcompress.search.curvature import curvature, hessian_trace
 from jaxcompress.search.pareto import Front, front
 from jaxcompress.search.plan import Plan, load_plan
 from jaxcompress.search.problem import Budget, Choice, Problem
@@ -22,10 +23,12 @@ __all__ = [
     "Solution",
     "Student",
     "compress",
+    "curvature",
     "effective_parameters",
     "evolve",
     "front",
     "greedy",
+    "hessian_trace",
     "integer_options",
     "kl",
     "load_plan",
