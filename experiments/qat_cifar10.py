@@ -44,7 +44,7 @@ class Args(Options):
 
     runs: tuple[str, ...] = RUNS
     """Which of them."""
-    epochs_w4a4: float = 2.0
+    epochs_w4a4: float = 3.0
     """Epochs, or a part of one."""
     epochs_w2a2: float = 4.0
     """Epochs, or a part of one."""
