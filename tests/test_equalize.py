@@ -22,6 +22,8 @@ from jaxcompress.quantize.ptq.equalize import absorb_high_bias, equal_scales, eq
 from jaxcompress.quantize.ptq.smooth import activation_scales, awq, smooth_quant
 from jaxcompress.quantize.ptq.spec import Spec, recipe
 
+pytestmark = pytest.mark.broad
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)

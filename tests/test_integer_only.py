@@ -24,6 +24,8 @@ from jaxcompress.quantize.integer import (
 from jaxcompress.quantize.requantize import fixed_multiplier, requantize, rounded_product
 from tests._models import nnx_cnn
 
+pytestmark = pytest.mark.broad
+
 MOST, LEAST = 2**31 - 1, -(2**31)
 int8 = integer(8)
 

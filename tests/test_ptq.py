@@ -13,6 +13,8 @@ from jaxcompress.quantize.ptq import Spec, adaround, gptq, hqq, recipe, sweep
 from jaxcompress.quantize.ptq.reconstruct import squared_error
 from jaxcompress.quantize.weights import qparams_of
 
+pytestmark = pytest.mark.broad
+
 
 def draw(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)

@@ -11,6 +11,8 @@ import jaxcompress as jc
 from experiments.models import digits
 from jaxcompress.search import Budget, Plan, Search, compress, integer_options, load_plan
 
+pytestmark = pytest.mark.broad
+
 OPTIONS = integer_options((2, 4, 8))
 
 

@@ -19,6 +19,8 @@ from jaxcompress.prune.coupled import group_masks, masked_groups
 from jaxcompress.prune.shrink import readmit, shrink
 from jaxcompress.prune.state import apply_masks
 
+pytestmark = pytest.mark.broad
+
 # The benchmark compares all of them.
 SMALL = [name for name in NETWORKS if name not in ("resnet56_a", "resnet20_b")]
 
