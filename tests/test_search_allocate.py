@@ -9,7 +9,7 @@ import pytest
 from test_search_pareto import exhaustive, random_problem
 
 import jaxcompress as jc
-from jaxcompress.search import Budget, Choice, Problem, rerank, solve
+from jaxcompress.search import Budget, Choice, Problem, allocate, rerank
 
 COSTS = ("weight_bytes", "latency_s", "energy_j", "macs", "peak_bytes")
 
@@ -53,10 +53,10 @@ def test_optimum_is_that_of_brute_force():
         expected = brute(problem, budget)
         if not expected:
             with pytest.raises(ValueError, match="least"):
-                solve(problem, budget)
+                allocate(problem, budget)
             continue
         solved += 1
-        found = solve(problem, budget)[0]
+        found = allocate(problem, budget)[0]
         assert problem.fits(found.chosen, budget)
         np.testing.assert_allclose(found.loss, problem.loss(expected[0]), rtol=0, atol=1e-9)
         assert found.costs == problem.costs(found.chosen)
@@ -70,7 +70,7 @@ def test_k_best_are_the_k_best_of_brute_force(seed):
     problem = random_problem(rng, 4, 3, ("weight_bytes", "macs"), whole=bool(seed % 2))
     budget = budget_between(rng, problem, ("weight_bytes", "macs"), 0.6)
     expected = brute(problem, budget)
-    found = solve(problem, budget, k=12)
+    found = allocate(problem, budget, k=12)
     assert len(found) == min(12, len(expected))
     np.testing.assert_allclose(
         [s.loss for s in found], [problem.loss(c) for c in expected[:12]], atol=1e-9
@@ -80,7 +80,7 @@ def test_k_best_are_the_k_best_of_brute_force(seed):
 
 def test_fewer_come_back_if_there_are_no_more():
     problem = random_problem(np.random.default_rng(0), 2, 2, ("macs",))
-    assert len(solve(problem, Budget(macs=1000), k=10)) == 4
+    assert len(allocate(problem, Budget(macs=1000), k=10)) == 4
 
 
 def test_groups_take_the_same_choice():
@@ -92,7 +92,7 @@ def test_groups_take_the_same_choice():
         budget = Budget(weight_bytes=25, peak_bytes=7)
         expected = brute(problem, budget, groups=groups)
         if expected:
-            found = solve(problem, budget)[0]
+            found = allocate(problem, budget)[0]
             assert len({found.chosen[s] for s in groups[0]}) == 1
             assert found.loss == problem.loss(expected[0])
 
@@ -104,7 +104,7 @@ def test_groups_keep_the_names_that_all_have():
         "b": {"int8": Choice(1.0, byte), "int2": Choice(0.0, byte)},
         "c": {"int2": Choice(0.0, byte)},
     }
-    found = solve(Problem(sites, groups=[("a", "b")]), Budget())[0]
+    found = allocate(Problem(sites, groups=[("a", "b")]), Budget())[0]
     assert found.chosen == {"a": "int8", "b": "int8", "c": "int2"}
     with pytest.raises(ValueError, match=r"\['a', 'c'\] have no choice of the same name"):
         Problem(sites, groups=[("a", "c")])
@@ -125,15 +125,15 @@ def test_peak_of_steps_is_a_maximum_of_sums():
         problem = Problem(free.sites, steps=live, fixed={"peak_bytes": 5})
         budget = Budget(peak_bytes=10)
         expected = brute(problem, budget)
-        found = solve(problem, budget)[0]
+        found = allocate(problem, budget)[0]
         assert found.loss == problem.loss(expected[0])
 
 
 def test_fixed_costs_and_other_costs_count():
     choices = {"a": Choice(0.0, {"wear": 3}), "b": Choice(1.0, {"wear": 1})}
     problem = Problem({"x": choices}, fixed={"wear": 2})
-    assert solve(problem, Budget(others={"wear": 5}))[0].chosen == {"x": "a"}
-    assert solve(problem, Budget(others={"wear": 4.9}))[0].chosen == {"x": "b"}
+    assert allocate(problem, Budget(others={"wear": 5}))[0].chosen == {"x": "a"}
+    assert allocate(problem, Budget(others={"wear": 4.9}))[0].chosen == {"x": "b"}
 
 
 def test_sums_at_the_limit_fit_to_the_last_byte():
@@ -144,7 +144,7 @@ def test_sums_at_the_limit_fit_to_the_last_byte():
     }
     problem = Problem({f"layer{i}": choices for i in range(3)})
     for extra in range(4):
-        found = solve(problem, Budget(weight_bytes=3 * size + extra))[0]
+        found = allocate(problem, Budget(weight_bytes=3 * size + extra))[0]
         assert found.loss == 3 - extra and found.costs["weight_bytes"] == 3 * size + extra
 
 
@@ -153,13 +153,13 @@ def test_infeasible_budgets_say_the_least_possible():
             "int8": Choice(0.0, {"weight_bytes": 80, "latency_s": 0.25})}  # fmt: skip
     problem = Problem({"a": rows, "b": rows})
     with pytest.raises(ValueError) as alone:
-        solve(problem, Budget(weight_bytes=30, latency_s=1.0))
+        allocate(problem, Budget(weight_bytes=30, latency_s=1.0))
     assert str(alone.value) == (
         "no choice meets the budget: weight_bytes: the limit is 30, the least possible 40, 10 "
         "more; latency_s: the least possible is 0.5, within 1"
     )
     with pytest.raises(ValueError) as together:
-        solve(problem, Budget(weight_bytes=40, latency_s=0.5))
+        allocate(problem, Budget(weight_bytes=40, latency_s=0.5))
     assert str(together.value) == (
         "every limit can be met alone, but not all at once: weight_bytes: under the other limits "
         "the least is 160, 120 more than 40; latency_s: under the other limits the least is 1, "
@@ -172,14 +172,14 @@ def test_infeasible_peak_says_the_least():
             "int8": Choice(0.0, {"weight_bytes": 2, "peak_bytes": 8})}  # fmt: skip
     problem = Problem({"a": rows, "b": rows})
     with pytest.raises(ValueError, match="peak_bytes: the limit is 1, the least possible 2, 1 mor"):
-        solve(problem, Budget(peak_bytes=1))
+        allocate(problem, Budget(peak_bytes=1))
     with pytest.raises(ValueError, match="peak_bytes: under the other limits the least is 8, 5 mo"):
-        solve(problem, Budget(peak_bytes=3, weight_bytes=15))
+        allocate(problem, Budget(peak_bytes=3, weight_bytes=15))
 
 
 def test_re_ranking_by_the_true_loss():
     problem = random_problem(np.random.default_rng(7), 3, 3, ("macs",))
-    found = solve(problem, Budget(macs=20), k=6)
+    found = allocate(problem, Budget(macs=20), k=6)
     # the true loss turns the order around; NaN comes last
     true = {tuple(s.chosen.values()): -float(i) for i, s in enumerate(found)}
     true[tuple(found[2].chosen.values())] = math.nan
@@ -203,16 +203,16 @@ def test_bad_problems_and_budgets():
         Problem({"a": {"x": Choice(0.0, {"macs": 1}), "y": Choice(0.0)}})
     problem = Problem({"a": {"x": Choice(0.0, {"macs": 1})}})
     with pytest.raises(ValueError, match="no choice has the cost 'latency_s'; there are: macs"):
-        solve(problem, Budget(latency_s=1.0))
+        allocate(problem, Budget(latency_s=1.0))
     with pytest.raises(ValueError, match=r"chosen\['a'\] must be one of \['x'\], got 'z'"):
         problem.costs({"a": "z"})
     with pytest.raises(ValueError, match="k must be at least 1"):
-        solve(problem, Budget(), k=0)
+        allocate(problem, Budget(), k=0)
     with pytest.raises(ValueError, match=r"Budget\(macs\) must be at least 0"):
         Budget(macs=-1)
     with pytest.raises(ValueError, match="arguments of their own"):
         Budget(others={"macs": 1})
-    assert solve(Problem({}), Budget())[0].chosen == {}
+    assert allocate(Problem({}), Budget())[0].chosen == {}
     assert jc.Budget is jc.search.Budget
 
 
@@ -222,7 +222,7 @@ def test_scipy_is_imported_only_when_needed():
         "import jaxcompress.search as s\n"
         "p = s.Problem({'a': {'x': s.Choice(0.0, {'macs': 1})}})\n"
         "s.front(p, 'macs')\n"
-        "try: s.solve(p, s.Budget())\n"
+        "try: s.allocate(p, s.Budget())\n"
         "except ImportError as e: print(e)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

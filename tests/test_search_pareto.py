@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.search import Budget, Choice, Problem, evolve, front, greedy, solve
+from jaxcompress.search import Budget, Choice, Problem, allocate, evolve, front, greedy
 
 
 def random_problem(rng, layers, choices, costs, *, whole=True):
@@ -83,7 +83,7 @@ def test_front_agrees_with_the_integer_program_at_every_budget():
     problem = random_problem(np.random.default_rng(3), 8, 4, ("weight_bytes",))
     found = front(problem)
     for limit in range(int(found.cost[0]), int(found.cost[-1]) + 2, 3):
-        best = solve(problem, Budget(weight_bytes=limit))[0]
+        best = allocate(problem, Budget(weight_bytes=limit))[0]
         assert best.loss == found.within(limit).loss
     limited = front(problem, limit=20)
     assert limited.cost.tolist() == [c for c in found.cost if c <= 20]
@@ -115,7 +115,7 @@ def test_baselines_fit_and_never_beat_the_exact_solver():
     for _ in range(5):
         problem = random_problem(rng, 7, 4, ("weight_bytes", "latency_s"), whole=False)
         budget = Budget(weight_bytes=3.0, latency_s=3.0)
-        exact = solve(problem, budget)[0]
+        exact = allocate(problem, budget)[0]
         for found in (
             greedy(problem, budget),
             evolve(problem, budget, seed=1, population=32, generations=30),

@@ -30,7 +30,7 @@ from experiments.data import cifar10_normalise, load_cifar10
 from experiments.models import resnet_cifar
 from jaxcompress.cost.clock import interleaved
 from jaxcompress.graph import trace
-from jaxcompress.search import Budget, Choice, Problem, front, kl, sensitivity, solve
+from jaxcompress.search import Budget, Choice, Problem, allocate, front, kl, sensitivity
 
 BITS = range(2, 9)
 SITES = ".*"
@@ -173,7 +173,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
     figures["front_50x6_s"] = median(lambda seed: front(sized[seed]))
     costs = ("weight_bytes", "latency_s", "energy_j")
     three = {seed: random_problem(100, 6, costs, seed) for seed in seeds}
-    figures["three_budgets_s"] = median(lambda seed: solve(three[seed], middle(three[seed])))
+    figures["three_budgets_s"] = median(lambda seed: allocate(three[seed], middle(three[seed])))
     columns = ("", "seconds")
     report.table("Search", columns, [(k, v) for k, v in figures.items() if k.endswith("_s")])
     return figures

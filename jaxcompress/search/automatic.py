@@ -21,10 +21,11 @@ from jaxcompress.quantize.activations import activations as quantize_activations
 from jaxcompress.quantize.activations import calibrate_activations, with_activations
 from jaxcompress.quantize.clipping import mse
 from jaxcompress.quantize.ptq import Spec, gptq, recipe
+from jaxcompress.search.allocation import allocate, rerank
+from jaxcompress.search.evaluator import Evaluator
+from jaxcompress.search.measured import Metric, Sensitivity
 from jaxcompress.search.plan import Plan
 from jaxcompress.search.problem import PEAK, Budget, Choice, Problem
-from jaxcompress.search.sensitivity import Evaluator, Metric, Sensitivity
-from jaxcompress.search.solve import rerank, solve
 
 COSTS = ("weight_bytes", "latency_s", "energy_j", "macs")
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -134,7 +135,7 @@ class Search:
         Raises:
           ValueError: no plan meets the budget; with the least possible of every cost.
         """
-        found = solve(self.problem, budget, k=candidates)
+        found = allocate(self.problem, budget, k=candidates)
         measure = lambda chosen: self._evaluator.measure(chosen)[self.metric]
         return [
             Plan(

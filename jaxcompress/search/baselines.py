@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxcompress.search.allocation import Solution, check_limits, named
 from jaxcompress.search.problem import PEAK, Budget, Problem, Variable, variables, within
-from jaxcompress.search.solve import Solution, check_limits, named
 
 _TINY = 1e-30
 

@@ -14,7 +14,7 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.capture import each_batch
 from jaxcompress.prune.fisher import fisher_diagonal
 from jaxcompress.prune.score_trees import float_leaves
-from jaxcompress.search.sensitivity import Sensitivity, Values
+from jaxcompress.search.measured import Sensitivity, Values
 
 Loss = Callable[..., Array]
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxcompress.search.allocation import Solution, named
 from jaxcompress.search.problem import PEAK, Problem, variables
-from jaxcompress.search.solve import Solution, named
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def front(problem: Problem, cost: str = "weight_bytes", *, limit: float | None =
     if problem.sites and cost not in problem.cost_names:
         raise ValueError(f"cost must be one of {list(problem.cost_names)}, got {cost!r}")
     if cost == PEAK and problem.steps:
-        raise ValueError("cost: the front of peak_bytes is for problems without steps; use solve")
+        raise ValueError("cost: peak_bytes of a problem with steps has no front here; use allocate")
     join = np.maximum if cost == PEAK else np.add
     found = variables(problem)
     tables = [_pruned(v.costs[cost], v.loss) for v in found]

@@ -33,7 +33,7 @@ class Solution:
     true_loss: float | None = None
 
 
-def solve(
+def allocate(
     problem: Problem, budget: Budget, *, k: int = 1, time_limit_s: float | None = None
 ) -> list[Solution]:
     """The k solutions of least loss that meet every budget, best first.
@@ -65,7 +65,7 @@ def solve(
     ...     "a": {"int2": Choice(0.5, {"weight_bytes": 2}), "int8": int8},
     ...     "b": {"int2": Choice(0.1, {"weight_bytes": 2}), "int8": int8},
     ... }
-    >>> dict(solve(Problem(sites), Budget(weight_bytes=10))[0].chosen)
+    >>> dict(allocate(Problem(sites), Budget(weight_bytes=10))[0].chosen)
     {'a': 'int8', 'b': 'int2'}
     """
     if k < 1:
@@ -97,7 +97,7 @@ def rerank(
     """The solutions by what they really lose; the additive loss decides between equals.
 
     Args:
-      solutions: e.g. the 32 best of `solve`.
+      solutions: e.g. the 32 best of `allocate`.
       true_loss: {site: choice} -> loss of the network.
 
     Raises:
