@@ -24,6 +24,7 @@ __all__ = [
     "Sensitivity",
     "Solution",
     "Student",
+    "allocate",
     "compress",
     "curvature",
     "effective_parameters",
@@ -36,7 +37,6 @@ __all__ = [
     "load_plan",
     "rerank",
     "sensitivity",
-    "allocate",
     "students",
     "train_students",
 ]

@@ -3,13 +3,11 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from jaxcompress.core.files import replacing
-
-_KEYS = {"weights", "activations", "device", "predicted", "loss", "measured"}
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise ValueError(f"plan {path}: no JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("weights"), dict):
         raise ValueError(f'plan {path}: there must be an object "weights" of sites and options')
-    unknown = set(found) - _KEYS
+    known = {f.name for f in fields(Plan)}
+    unknown = set(found) - known
     if unknown:
-        raise ValueError(f"plan {path}: unknown {sorted(unknown)}; known: {sorted(_KEYS)}")
+        raise ValueError(f"plan {path}: unknown {sorted(unknown)}; known: {sorted(known)}")
     wrong = {
         site: option for site, option in found["weights"].items() if not isinstance(option, str)
     }

@@ -4,7 +4,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxcompress.core.compressor import Compressor
@@ -122,7 +122,7 @@ def students(
         if excess:
             misses.append(max(excess))
         else:
-            fitting.append(_with(student, proxy=float(proxy(student))))
+            fitting.append(replace(student, proxy=float(proxy(student))))
     if not fitting:
         raise ValueError(f"none of {len(misses)} students fits; the nearest: {min(misses)[1]}")
     # Smaller ones first among equals.
@@ -146,7 +146,7 @@ def train_students(
     Raises:
       ValueError: no students, or a score that is NaN.
     """
-    done = [_with(student, score=float(train(student))) for student in progress(candidates)]
+    done = [replace(student, score=float(train(student))) for student in progress(candidates)]
     if not done:
         raise ValueError("candidates: there are no students")
     for student in done:
@@ -158,11 +158,6 @@ def train_students(
 def _score(student: Student) -> float:
     assert student.score is not None
     return student.score
-
-
-def _with(student: Student, **changes: Any) -> Student:
-    # Not dataclasses.replace: its types would be lost, and asdict would copy the parameters.
-    return Student(**(vars(student) | changes))
 
 
 def _student(
