@@ -214,3 +214,12 @@ def with_shapes(
         outvars=[reshaped(v, n) for v, n in zip(eqn.outvars, out_shapes, strict=True)],
         params=dict(params),
     )
+
+
+def composite(eqn: Any) -> tuple[str, dict[str, Any]]:
+    """Name and attributes of a `composite` operation; arrays are NumPy arrays."""
+    attributes = {}
+    for name, leaves, treedef in eqn.params["attributes"]:
+        # An array is wrapped, so that it can be hashed.
+        attributes[name] = jax.tree.unflatten(treedef, [getattr(x, "val", x) for x in leaves])
+    return eqn.params["name"], attributes

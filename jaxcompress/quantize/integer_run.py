@@ -56,13 +56,14 @@ def _core(node: Node, c: Numbers, steps: Sequence[Array]) -> Array:
     elif node.kind == "sum":
         acc = jnp.sum(steps[0], axis=node.get("axes"), dtype=jnp.int32)
     elif node.kind == "window_sum":
-        acc = _over_windows(node, steps[0], jnp.int32(0), lax.add)
+        acc = over_windows(node, steps[0], jnp.int32(0), lax.add)
     else:
         acc = steps[0]
     return acc << node.get("headroom")
 
 
-def _over_windows(node: Node, x: Array, start: Any, join: Any) -> Array:
+def over_windows(node: Node, x: Array, start: Any, join: Any) -> Array:
+    """`join` over the windows of a step."""
     keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     size, strides, padding, base, window = (node.get(key) for key in keys)
     return lax.reduce_window(
@@ -88,7 +89,7 @@ def moved(node: Node, inputs: Sequence[Any], fill: Any) -> Array:
     if kind == "window_max":
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         lowest = -jnp.inf if is_float else jnp.iinfo(x.dtype).min
-        return _over_windows(node, x, jnp.asarray(lowest, x.dtype), lax.max)
+        return over_windows(node, x, jnp.asarray(lowest, x.dtype), lax.max)
     if kind == "concatenate":
         return jnp.concatenate([jnp.asarray(x) for x in inputs], node.get("axis"))
     if kind == "transpose":

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxcompress.quantize.integer_constants import ADD_HEADROOM, MOVES, Node
-from jaxcompress.quantize.integer_run import moved
+from jaxcompress.quantize.integer_run import moved, over_windows
 from jaxcompress.quantize.requantize import rounded_product
 
 _EXACT = 2**24  # integers up to here are float32
@@ -63,23 +63,10 @@ def _accumulator(node: Node, c: dict[str, np.ndarray], steps: list[np.ndarray]) 
         if node.get("count") * np.abs(steps[0]).max(initial=0) > _EXACT:
             raise ValueError(f"simulate: the windows at {node.scope!r} are too large for float32")
         with on_host():
-            acc = np.asarray(_window_sums(steps[0], node), np.float64)
+            acc = np.asarray(over_windows(node, jnp.asarray(steps[0]), 0.0, lax.add), np.float64)
     else:
         acc = wide[0]
     return acc * 2.0 ** node.get("headroom")
-
-
-def _window_sums(x: np.ndarray, node: Node) -> jax.Array:
-    return lax.reduce_window(
-        jnp.asarray(x),
-        0.0,
-        lax.add,
-        node.get("window_dimensions"),
-        node.get("window_strides"),
-        node.get("padding"),
-        base_dilation=node.get("base_dilation"),
-        window_dilation=node.get("window_dilation"),
-    )
 
 
 def _contracted(node: Node, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
