@@ -1,16 +1,20 @@
 """Search: the best choice per site (bits, sparsity, width) that fits a device's limits."""
 
-from jaxcompress.search.allocation import Solution, allocate, rerank
-from jaxcompress.search.automatic import Compressed, Search, compress, integer_options
+from jaxcompress.search.allocation import Infeasible, Solution, allocate, rerank
+from jaxcompress.search.automatic import compress
 from jaxcompress.search.baselines import evolve, greedy
 from jaxcompress.search.curvature import curvature, hessian_trace
 from jaxcompress.search.evaluator import Evaluator
-from jaxcompress.search.measured import Sensitivity, kl
+from jaxcompress.search.finetune import Training, finetune
+from jaxcompress.search.measured import Sensitivity, cross_entropy, kl
+from jaxcompress.search.options import Option, integer_options
 from jaxcompress.search.pareto import Front, front
 from jaxcompress.search.plan import Plan, load_plan
 from jaxcompress.search.problem import Budget, Choice, Problem
+from jaxcompress.search.searcher import Compressed, Search
 from jaxcompress.search.sensitivity import sensitivity
 from jaxcompress.search.students import Student, effective_parameters, students, train_students
+from jaxcompress.search.widths import narrow
 
 __all__ = [
     "Budget",
@@ -18,23 +22,29 @@ __all__ = [
     "Compressed",
     "Evaluator",
     "Front",
+    "Infeasible",
+    "Option",
     "Plan",
     "Problem",
     "Search",
     "Sensitivity",
     "Solution",
     "Student",
+    "Training",
     "allocate",
     "compress",
+    "cross_entropy",
     "curvature",
     "effective_parameters",
     "evolve",
+    "finetune",
     "front",
     "greedy",
     "hessian_trace",
     "integer_options",
     "kl",
     "load_plan",
+    "narrow",
     "rerank",
     "sensitivity",
     "students",

@@ -13,6 +13,10 @@ from jaxcompress.search.problem import PEAK, Budget, Problem, Variable, variable
 _UNIT = 1e3
 
 
+class Infeasible(ValueError):
+    """No choice meets the budget."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """One choice for every site.
@@ -51,8 +55,8 @@ def allocate(
         how far from the optimum it may be.
 
     Raises:
-      ValueError: nothing fits; with the least possible of every cost and by how much it misses.
-        A limit on a cost that the choices do not have.
+      Infeasible: nothing fits; with the least possible of every cost and by how much it misses.
+      ValueError: a limit on a cost that the choices do not have.
       ImportError: SciPy is not installed.
       TimeoutError: no solution was found within `time_limit_s`.
 
@@ -87,7 +91,7 @@ def allocate(
             loss = problem.loss(chosen)
             found.append(Solution(chosen, loss, problem.costs(chosen), min(bound, loss)))
     if not found:
-        raise ValueError(_infeasible(problem, budget, found_variables))
+        raise Infeasible(_infeasible(problem, budget, found_variables))
     return sorted(found, key=lambda solution: solution.loss)
 
 

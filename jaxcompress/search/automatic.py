@@ -1,242 +1,78 @@
-"""From a trained network, data and limits to a packed network that meets them."""
+"""From a trained network, what data there is, and limits, to a packed network that meets them."""
 
-import dataclasses
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jaxcompress.core.packed import Grid, unpack
-from jaxcompress.core.paths import match_rules
+from jaxcompress.core.combine import chain
+from jaxcompress.core.compressor import Compressor
+from jaxcompress.core.packed import Masked, is_packed, kept, unpack
+from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.cost.device import Device
-from jaxcompress.cost.estimate import estimate
-from jaxcompress.cost.result import Cost
-from jaxcompress.formats import Format, integer, parse
-from jaxcompress.graph import trace
+from jaxcompress.formats import parse
 from jaxcompress.graph.capture import check_batches
-from jaxcompress.quantize.activations import activations as quantize_activations
-from jaxcompress.quantize.activations import calibrate_activations, with_activations
-from jaxcompress.quantize.clipping import mse
-from jaxcompress.quantize.ptq import Spec, gptq, recipe
-from jaxcompress.search.allocation import allocate, rerank
-from jaxcompress.search.evaluator import Evaluator
-from jaxcompress.search.measured import Metric, Sensitivity
-from jaxcompress.search.plan import Plan
-from jaxcompress.search.problem import PEAK, Budget, Choice, Problem
+from jaxcompress.prune.given import fixed
+from jaxcompress.quantize.ptq import recipe
+from jaxcompress.search.allocation import Infeasible
+from jaxcompress.search.finetune import Training, finetune
+from jaxcompress.search.measured import Metric, cross_entropy, kl
+from jaxcompress.search.options import Progress
+from jaxcompress.search.problem import Budget
+from jaxcompress.search.searcher import Compressed, Search
+from jaxcompress.search.widths import narrow
 
-COSTS = ("weight_bytes", "latency_s", "energy_j", "macs")
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """A network that meets its limits, by the cost model.
-
-    Attributes:
-      plan: the options of the sites.
-      packed: what ships; `unpack` gives the weights.
-      grids: {tap: Grid} of the activations; empty if they are not quantized.
-      cost: of `packed` on the device.
-      apply_fn: (params, *inputs) -> outputs, the function given.
-    """
-
-    plan: Plan
-    packed: Any = field(repr=False)
-    grids: Mapping[str, Grid] = field(repr=False)
-    cost: Cost = field(repr=False)
-    apply_fn: Callable[..., Any] = field(repr=False)
-
-    def __call__(self, *inputs: Any) -> Any:
-        """The outputs as the device computes them, up to the order of sums."""
-        view = unpack(self.packed)
-        if not self.grids:
-            return self.apply_fn(view, *inputs)
-        return with_activations(self.apply_fn)(self.grids, view, *inputs)
-
-
-def integer_options(bits: Iterable[int] = range(2, 9)) -> dict[str, Spec]:
-    """{"int4": Spec, ...}: integers per output channel with ranges of least squared error."""
-    return {f"int{b}": Spec(integer(b), calibrate=mse() if b < 8 else None) for b in bits}
-
-
-class Search:
-    """Candidates, sensitivities and costs of a network on a device; plans for any budgets.
-
-    Every option is made of every weight by GPTQ on the data, from the inputs of the float network,
-    so that a layer's weights do not depend on the options of others; sensitivities and the plans
-    that are compared are measured on these weights.
-
-    Args:
-      apply_fn: pure, (params, *inputs) -> outputs.
-      params: trained float parameters.
-      batches: tuples of inputs of the same shapes; no labels are needed.
-      device: as `cost.estimate`.
-      options: {name: Spec}, default `integer_options()`.
-      activations: name of the format of all activations, as `formats.parse`; None: as they are.
-      example: inputs as the device will see them; default: the first example of the first batch.
-      targets, metrics: as `sensitivity`.
-      metric: which of the metrics is made small.
-      sites: a regular expression on the leaves that are searched; others stay as they are.
-      cache: as `sensitivity`.
-      progress: wraps the layers of GPTQ and the evaluations.
-
-    Raises:
-      ValueError: as `gptq`, `sensitivity` and `cost.estimate`.
-    """
-
-    def __init__(
-        self,
-        apply_fn: Callable[..., Any],
-        params: Any,
-        batches: Iterable[tuple[Any, ...]],
-        *,
-        device: "str | Device",
-        options: Mapping[str, Spec] | None = None,
-        activations: str | None = "uint8",
-        example: tuple[Any, ...] | None = None,
-        targets: Iterable[Any] | None = None,
-        metrics: Mapping[str, Metric] | None = None,
-        metric: str = "kl",
-        sites: str = ".*",
-        cache: str | os.PathLike[str] | None = None,
-        progress: Progress = iter,
-    ):
-        self.apply_fn, self.params, self.metric = apply_fn, params, metric
-        self.batches = check_batches(batches)
-        self.options = dict(integer_options() if options is None else options)
-        self.activations = activations
-        self.form: Format | None = None if activations is None else parse(activations)
-        self.device, self._progress = device, progress
-        first = self.batches[0]
-        self.example = jax.tree.map(lambda x: x[:1], first) if example is None else example
-        graph = trace(apply_fn, params, *first)
-        self._leaf = {site.name: site.leaf for site in graph.sites if site.leaf is not None}
-        matched = match_rules({sites: None}, self._leaf.values(), what="weight")
-        self.sites = [path for path, rule in matched.items() if rule is not None]
-        made = {name: self._made(dict.fromkeys(self.sites, name)) for name in self.options}
-        self._evaluator = Evaluator(
-            apply_fn,
-            params,
-            self.batches,
-            weights={name: view for name, (view, _) in made.items()},
-            targets=targets,
-            metrics=metrics,
-            sites="|".join(re.escape(site) for site in self.sites),
-        )
-        self.sensitivity: Sensitivity = self._evaluator.sweep(cache=cache, progress=progress)
-        self.problem = self._problem({name: packed for name, (_, packed) in made.items()})
-
-    def plans(self, budget: Budget, *, candidates: int = 32) -> list[Plan]:
-        """The plans of the least sums of sensitivities, ordered by what they measure.
-
-        Raises:
-          ValueError: no plan meets the budget; with the least possible of every cost.
-        """
-        found = allocate(self.problem, budget, k=candidates)
-        measure = lambda chosen: self._evaluator.measure(chosen)[self.metric]
-        return [
-            Plan(
-                dict(solution.chosen),
-                self.activations,
-                self.device if isinstance(self.device, str) else self.device.name,
-                dict(solution.costs),
-                solution.loss,
-                {self.metric: float(solution.true_loss or 0.0)},
-            )
-            for solution in rerank(found, measure)
-        ]
-
-    def uniform(self, option: str) -> Plan:
-        """The plan of one option for all sites, measured."""
-        chosen = dict.fromkeys(self.sites, option)
-        measured = self._evaluator.measure(chosen)
-        loss = sum(self.problem.sites[site][option].loss for site in self.sites)
-        return Plan(
-            chosen, self.activations, "", self.problem.costs(chosen), loss,
-            {self.metric: measured[self.metric]},
-        )  # fmt: skip
-
-    def apply(self, plan: Plan) -> Compressed:
-        """Quantizes, calibrates and packs as a plan says, one of another hand too.
-
-        Raises:
-          ValueError: a site that the network does not have, or an unknown option.
-        """
-        for site, option in plan.weights.items():
-            if site not in self.sites:
-                raise ValueError(f"plan: the network has no site {site!r}, but {self.sites}")
-            if option not in self.options:
-                raise ValueError(f"plan: {site!r}: unknown {option!r}; {sorted(self.options)}")
-        view, packed = self._made(plan.weights)
-        form = None if plan.activations is None else parse(plan.activations)
-        grids = self._grids(view, form)
-        cost = self._cost(packed, form)
-        predicted = {name: getattr(cost, name) for name in (*COSTS, PEAK)}
-        return Compressed(
-            dataclasses.replace(plan, predicted=predicted), packed, grids, cost, self.apply_fn
-        )
-
-    def _made(self, chosen: Mapping[str, str]) -> tuple[Any, Any]:
-        """The weights of a choice: as the forward pass sees them, and packed."""
-        spec = {re.escape(site): self.options[option] for site, option in chosen.items()}
-        made = recipe(spec)
-        state = gptq(self.apply_fn, self.params, self.batches, spec, progress=self._progress)
-        return made.apply(*state), made.pack(*state)
-
-    def _grids(self, view: Any, form: Format | None) -> dict[str, Grid]:
-        if form is None:
-            return {}
-        quantizer = quantize_activations(self.apply_fn, form)
-        return calibrate_activations(quantizer, view, self.batches)
-
-    def _cost(self, packed: Any, form: Format | None) -> Cost:
-        return estimate(self.apply_fn, packed, *self.example, device=self.device, activations=form)
-
-    def _problem(self, packed: Mapping[str, Any]) -> Problem:
-        """Costs of a site are those of its layers where all sites have the option."""
-        increase = self.sensitivity.increase(self.metric)
-        choices: dict[str, dict[str, Choice]] = {site: {} for site in self.sites}
-        fixed = dict.fromkeys((*COSTS, PEAK), 0.0)
-        for option, tree in packed.items():
-            cost = self._cost(tree, self.form)
-            own: dict[str, dict[str, float]] = {
-                site: dict.fromkeys((*COSTS, PEAK), 0.0) for site in self.sites
-            }
-            rest = dict.fromkeys(COSTS, 0.0)
-            for layer in cost.layers:
-                costs = own.get(self._leaf.get(layer.name, ""))
-                for name in COSTS:
-                    (rest if costs is None else costs)[name] += getattr(layer, name)
-                if costs is not None:
-                    costs[PEAK] = max(costs[PEAK], layer.live_bytes)
-            for site in self.sites:
-                choices[site][option] = Choice(increase[site][option], own[site])
-            # Of what is no site, the most under any option: sums may not fall short.
-            fixed = {n: max(v, rest.get(n, cost.peak_bytes)) for n, v in fixed.items()}
-        return Problem(choices, fixed=fixed)
+_SYNTHETIC = 2  # batches
+_EXAMPLES = 64  # in each
 
 
 def compress(
     apply_fn: Callable[..., Any],
     params: Any,
-    batches: Iterable[tuple[Any, ...]],
+    batches: Iterable[tuple[Any, ...]] | None = None,
     *,
     device: "str | Device",
     budget: Budget,
     candidates: int = 32,
+    targets: Iterable[Any] | None = None,
+    widths: Sequence[float] = (1.0,),
+    training: Training | None = None,
+    progress: Progress = iter,
     **how: Any,
 ) -> Compressed:
-    """The network that keeps most, of those within the budget on the device; arguments as `Search`.
+    """The network that keeps most, of those within the budget on the device.
 
-    Plans, quantizes after training, and packs; `Search` does the same for several budgets.
+    What is done depends on what there is:
+      nothing but the shapes of the inputs (`batches=None`, `example` given): sensitivities and
+        ranges come from standard normal inputs, weights are rounded to nearest;
+      inputs without labels: weights are fitted to the outputs by GPTQ or SparseGPT, and plans are
+        compared by KL divergence from the network as it was;
+      labels too (`targets`): plans are compared by cross-entropy;
+      a budget of training: narrower networks learn from the network as it was before they are
+        searched, and the plan that wins is trained with its grids and zeros.
+    Networks of several `widths` compete; each has a search of its own.
+
+    Args:
+      apply_fn: pure, (params, *inputs) -> logits, in inference mode.
+      params: trained float parameters.
+      batches: tuples of inputs of the same shapes; None: there are no data.
+      device: as `cost.estimate`.
+      budget: limits of the device.
+      candidates: plans that are measured for each width.
+      targets: labels [B] of every batch.
+      widths: shares of the multiply-accumulates that stay when channels are cut, as `narrow`; 1 is
+        the network itself.
+      training: data and effort, shared among the narrower networks (half) and the winner.
+      progress: wraps layers, evaluations and steps.
+      **how: further arguments of `Search`.
 
     Raises:
-      ValueError: as `Search` and `Search.plans`.
+      ValueError: as `Search` and `Search.plans`; nothing meets the budget at any width.
 
-    >>> import jax.numpy as jnp
+    >>> from jaxcompress.search import integer_options
     >>> keys = jax.random.split(jax.random.key(0), 3)
     >>> params = {"up": jax.random.normal(keys[0], (8, 16))}
     >>> params["down"] = jax.random.normal(keys[1], (16, 4))
@@ -248,5 +84,95 @@ def compress(
     >>> dict(found.plan.weights), found.cost.weight_bytes
     ({'up': 'int4', 'down': 'int4'}, 176)
     """
-    search = Search(apply_fn, params, batches, device=device, **how)
-    return search.apply(search.plans(budget, candidates=candidates)[0])
+    listed, fitted = _data(batches, how.get("example"))
+    if not widths or not all(0 < share <= 1 for share in widths):
+        raise ValueError(f"widths must be shares in (0, 1], got {widths}")
+    labels = None if targets is None else list(targets)
+    metrics: dict[str, Metric] = {"kl": kl}
+    if labels is not None:
+        metrics["cross_entropy"] = cross_entropy
+    metric = how.pop("metric", "kl" if labels is None else "cross_entropy")
+    how = {"metrics": metrics, "metric": metric, "targets": labels, "fitted": fitted} | how
+    teacher = apply_fn, params
+    reference = [apply_fn(params, *inputs) for inputs in listed]
+    narrower = sum(share < 1 for share in widths)
+    best: tuple[float, Search, Compressed] | None = None
+    misses = []
+    for share in widths:
+        fn, tree = teacher
+        if share < 1:
+            fn, tree, _ = narrow(apply_fn, params, listed, share, progress=progress)
+            if training is not None:
+                part = training.part(0.5 / narrower)
+                tree = finetune(fn, tree, part, teacher=teacher, progress=progress).params
+        search = Search(fn, tree, listed, device=device, progress=progress, **how)
+        try:
+            found = search.apply(search.plans(budget, candidates=candidates)[0])
+        except Infeasible as error:
+            misses.append(f"{100 * share:g} % of the MACs: {error}")
+            continue
+        loss = _loss(found, listed, reference, labels, how["metrics"][metric])
+        if best is None or loss < best[0]:
+            best = loss, search, found
+    if best is None:
+        raise Infeasible(misses[0].partition(": ")[2] if len(misses) == 1 else "; ".join(misses))
+    _, search, found = best
+    if training is None:
+        return found
+    part = training.part(0.5 if narrower else 1.0)
+    return _trained(search, found, part, teacher, progress)
+
+
+def _data(batches: Any, example: Any) -> tuple[tuple[tuple[Any, ...], ...], bool]:
+    """Batches, and whether they are of the data."""
+    if batches is not None:
+        return tuple(check_batches(batches)), True
+    if example is None:
+        raise ValueError("without batches, give example: the shapes and dtypes of the inputs")
+
+    def normal(key: Any, x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"without batches, inputs must be floating point, got {x.dtype}")
+        return jax.random.normal(key, (_EXAMPLES, *x.shape[1:]), x.dtype)
+
+    leaves, treedef = jax.tree.flatten(tuple(example))
+    keys = jax.random.split(jax.random.key(0), (_SYNTHETIC, len(leaves)))
+    made = [[normal(k, x) for k, x in zip(row, leaves, strict=True)] for row in keys]
+    return tuple(treedef.unflatten(row) for row in made), False
+
+
+def _loss(found: Compressed, batches: Any, reference: Any, labels: Any, metric: Metric) -> float:
+    """The metric of what ships, against the network as it was."""
+    targets = labels or [None] * len(batches)
+    rows = zip(batches, reference, targets, strict=True)
+    return sum(float(metric(found(*x), y, t)) for x, y, t in rows) / len(batches)
+
+
+def _trained(
+    search: Search, found: Compressed, training: Training, teacher: Any, progress: Progress
+) -> Compressed:
+    """The same plan with weights that were trained on its grids, zeros where they were."""
+    rules = {re.escape(s): search.options[o].spec for s, o in found.plan.weights.items()}
+    masks = _masks(found.packed)
+    made: Compressor = chain(recipe(rules), fixed(masks))
+    start = jax.tree.map(
+        lambda w, mask: jnp.where(mask, w, jnp.zeros((), w.dtype)), search.params, masks
+    )
+    form = None if found.plan.activations is None else parse(found.plan.activations)
+    state = finetune(
+        search.apply_fn, start, training, teacher=teacher, recipe=made, activations=form,
+        progress=progress,
+    )  # fmt: skip
+    compress = made.update(state.params, state.compress)
+    plan = replace(found.plan, measured={})
+    return search.shipped(plan, made.pack(state.params, compress))
+
+
+def _masks(packed: Any) -> Any:
+    """What a packed tree keeps; a dense leaf is a 0-d True."""
+    leaves = [
+        kept(leaf) if isinstance(leaf, Masked) else jnp.ones((), bool)
+        for _, leaf in leaves_with_paths(packed, is_leaf=is_packed)
+    ]
+    treedef = jax.tree.structure(unpack(packed))
+    return treedef.unflatten(leaves)

@@ -7,6 +7,7 @@ from typing import Any
 from jax import Array
 
 from jaxcompress.distill.logits import kd
+from jaxcompress.train.step import cross_entropy as mean_cross_entropy
 
 Metric = Callable[[Any, Any, Any], Array]
 Values = dict[str, dict[str, dict[str, float]]]
@@ -47,3 +48,9 @@ def kl(outputs: Array, reference: Array, targets: Any) -> Array:
     """Mean over the examples of KL(softmax(reference) || softmax(outputs)), nats; a metric."""
     del targets
     return kd(outputs, reference, temperature=1.0)
+
+
+def cross_entropy(outputs: Array, reference: Array, targets: Any) -> Array:
+    """Mean cross-entropy of logits [B, classes] to the labels [B], nats; a metric."""
+    del reference
+    return mean_cross_entropy(outputs, targets)

@@ -1,0 +1,238 @@
+"""Candidates, sensitivities and costs of one network on a device, and plans for any budgets."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from jaxcompress.core.packed import Grid, is_packed, unpack
+from jaxcompress.core.paths import leaves_with_paths, match_rules
+from jaxcompress.cost.device import Device
+from jaxcompress.cost.estimate import estimate
+from jaxcompress.cost.result import Cost
+from jaxcompress.formats import Format, parse
+from jaxcompress.graph import trace
+from jaxcompress.graph.capture import check_batches
+from jaxcompress.quantize.activations import activations as quantize_activations
+from jaxcompress.quantize.activations import calibrate_activations, with_activations
+from jaxcompress.quantize.ptq import Spec
+from jaxcompress.search.allocation import allocate, rerank
+from jaxcompress.search.evaluator import Evaluator
+from jaxcompress.search.measured import Metric, Sensitivity
+from jaxcompress.search.options import Option, Progress, as_options, stored
+from jaxcompress.search.plan import Plan
+from jaxcompress.search.problem import PEAK, Budget, Choice, Problem
+
+COSTS = ("weight_bytes", "latency_s", "energy_j", "macs")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A network that meets its limits, by the cost model.
+
+    Attributes:
+      plan: the options of the sites.
+      packed: what ships; `unpack` gives the weights.
+      grids: {tap: Grid} of the activations; empty if they are not quantized.
+      cost: of `packed` on the device.
+      apply_fn: (params, *inputs) -> outputs, the function given.
+    """
+
+    plan: Plan
+    packed: Any = field(repr=False)
+    grids: Mapping[str, Grid] = field(repr=False)
+    cost: Cost = field(repr=False)
+    apply_fn: Callable[..., Any] = field(repr=False)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The outputs as the device computes them, up to the order of sums."""
+        view = unpack(self.packed)
+        if not self.grids:
+            return self.apply_fn(view, *inputs)
+        return with_activations(self.apply_fn)(self.grids, view, *inputs)
+
+
+class Search:
+    """Candidates, sensitivities and costs of a network on a device; plans for any budgets.
+
+    Every option is made of every weight by GPTQ on the data, where there are options with zeros by
+    SparseGPT, from the inputs of the float network, so that a layer's weights do not depend on the
+    options of others; sensitivities and the plans that are compared are measured on these weights,
+    and they are what ships.
+
+    Args:
+      apply_fn: pure, (params, *inputs) -> outputs.
+      params: trained float parameters.
+      batches: tuples of inputs of the same shapes; no labels are needed.
+      device: as `cost.estimate`.
+      options: {name: Option or Spec}, default `integer_options()`.
+      activations: name of the format of all activations, as `formats.parse`; None: as they are.
+      example: inputs as the device will see them; default: the first example of the first batch.
+      targets, metrics: as `sensitivity`.
+      metric: which of the metrics is made small.
+      sites: a regular expression on the leaves that are searched; others stay as they are.
+      fitted: whether weights are fitted to the outputs on the batches; False: rounded to nearest,
+        for batches that are not of the data.
+      cache: as `sensitivity`.
+      progress: wraps the layers of GPTQ and the evaluations.
+
+    Raises:
+      ValueError: as `gptq`, `sensitivity` and `cost.estimate`.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        batches: Iterable[tuple[Any, ...]],
+        *,
+        device: "str | Device",
+        options: Mapping[str, Option | Spec] | None = None,
+        activations: str | None = "uint8",
+        example: tuple[Any, ...] | None = None,
+        targets: Iterable[Any] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        metric: str = "kl",
+        sites: str = ".*",
+        fitted: bool = True,
+        cache: str | os.PathLike[str] | None = None,
+        progress: Progress = iter,
+    ):
+        self.apply_fn, self.params, self.metric = apply_fn, params, metric
+        self.batches = check_batches(batches)
+        self.options = as_options(options)
+        self.activations = activations
+        self.form: Format | None = None if activations is None else parse(activations)
+        self.device = device
+        first = self.batches[0]
+        self.example = jax.tree.map(lambda x: x[:1], first) if example is None else example
+        graph = trace(apply_fn, params, *first)
+        self._leaf = {site.name: site.leaf for site in graph.sites if site.leaf is not None}
+        matched = match_rules({sites: None}, self._leaf.values(), what="weight")
+        self.sites = [path for path, rule in matched.items() if rule is not None]
+        self._packed: dict[str, Any] = {}
+        views = {}
+        sparse = any(option.sparsity for option in self.options.values())
+        for name, option in self.options.items():
+            chosen = dict.fromkeys(self.sites, option)
+            made, weights, state = stored(
+                apply_fn, params, self.batches, chosen,
+                fitted=fitted, sparse=sparse, progress=progress,
+            )  # fmt: skip
+            views[name] = made.apply(weights, state)
+            self._packed[name] = made.pack(weights, state)
+        self._evaluator = Evaluator(
+            apply_fn,
+            params,
+            self.batches,
+            weights=views,
+            targets=targets,
+            metrics=metrics,
+            sites="|".join(re.escape(site) for site in self.sites),
+        )
+        self.sensitivity: Sensitivity = self._evaluator.sweep(cache=cache, progress=progress)
+        self.problem = self._problem()
+
+    @property
+    def device_name(self) -> str:
+        """The name of the device."""
+        return self.device if isinstance(self.device, str) else self.device.name
+
+    def plans(self, budget: Budget, *, candidates: int = 32) -> list[Plan]:
+        """The plans of the least sums of sensitivities, ordered by what they measure.
+
+        Raises:
+          ValueError: no plan meets the budget; with the least possible of every cost.
+        """
+        found = allocate(self.problem, budget, k=candidates)
+        measure = lambda chosen: self._evaluator.measure(chosen)[self.metric]
+        return [
+            Plan(
+                dict(solution.chosen),
+                self.activations,
+                self.device_name,
+                dict(solution.costs),
+                solution.loss,
+                {self.metric: float(solution.true_loss or 0.0)},
+            )
+            for solution in rerank(found, measure)
+        ]
+
+    def uniform(self, option: str) -> Plan:
+        """The plan of one option for all sites, measured."""
+        chosen = dict.fromkeys(self.sites, option)
+        measured = self._evaluator.measure(chosen)
+        loss = sum(self.problem.sites[site][option].loss for site in self.sites)
+        return Plan(
+            chosen, self.activations, self.device_name, self.problem.costs(chosen), loss,
+            {self.metric: measured[self.metric]},
+        )  # fmt: skip
+
+    def apply(self, plan: Plan) -> Compressed:
+        """Quantizes, calibrates and packs as a plan says, one of another hand too.
+
+        Raises:
+          ValueError: a site that the network does not have, or an unknown option.
+        """
+        for site, option in plan.weights.items():
+            if site not in self.sites:
+                raise ValueError(f"plan: the network has no site {site!r}, but {self.sites}")
+            if option not in self.options:
+                raise ValueError(f"plan: {site!r}: unknown {option!r}; {sorted(self.options)}")
+        return self.shipped(plan, self._assembled(plan.weights))
+
+    def shipped(self, plan: Plan, packed: Any) -> Compressed:
+        """Packed weights of a plan, trained ones too, with activations calibrated, and costs."""
+        form = None if plan.activations is None else parse(plan.activations)
+        grids = self._grids(unpack(packed), form)
+        cost = self._cost(packed, form)
+        predicted = {name: getattr(cost, name) for name in (*COSTS, PEAK)}
+        return Compressed(
+            dataclasses.replace(plan, predicted=predicted), packed, grids, cost, self.apply_fn
+        )
+
+    def _assembled(self, chosen: Mapping[str, str]) -> Any:
+        """The packed leaves of a choice; what is no site is as it was."""
+        trees = {name: dict(leaves_with_paths(t, is_leaf=is_packed)) for name, t in
+                 self._packed.items()}  # fmt: skip
+        leaves = [
+            trees[chosen[path]][path] if path in chosen else leaf
+            for path, leaf in leaves_with_paths(self.params)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
+
+    def _grids(self, view: Any, form: Format | None) -> dict[str, Grid]:
+        if form is None:
+            return {}
+        quantizer = quantize_activations(self.apply_fn, form)
+        return calibrate_activations(quantizer, view, self.batches)
+
+    def _cost(self, packed: Any, form: Format | None) -> Cost:
+        return estimate(self.apply_fn, packed, *self.example, device=self.device, activations=form)
+
+    def _problem(self) -> Problem:
+        """Costs of a site are those of its layers where all sites have the option."""
+        increase = self.sensitivity.increase(self.metric)
+        choices: dict[str, dict[str, Choice]] = {site: {} for site in self.sites}
+        fixed = dict.fromkeys((*COSTS, PEAK), 0.0)
+        for option, tree in self._packed.items():
+            cost = self._cost(tree, self.form)
+            own: dict[str, dict[str, float]] = {
+                site: dict.fromkeys((*COSTS, PEAK), 0.0) for site in self.sites
+            }
+            rest = dict.fromkeys(COSTS, 0.0)
+            for layer in cost.layers:
+                costs = own.get(self._leaf.get(layer.name, ""))
+                for name in COSTS:
+                    (rest if costs is None else costs)[name] += getattr(layer, name)
+                if costs is not None:
+                    costs[PEAK] = max(costs[PEAK], layer.live_bytes)
+            for site in self.sites:
+                choices[site][option] = Choice(increase[site][option], own[site])
+            # Of what is no site, the most under any option: sums may not fall short.
+            fixed = {n: max(v, rest.get(n, cost.peak_bytes)) for n, v in fixed.items()}
+        return Problem(choices, fixed=fixed)

@@ -1,0 +1,74 @@
+"""A narrower network from a trained one."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.graph import axes
+from jaxcompress.graph.capture import check_batches
+from jaxcompress.prune.coupled import group_masks
+from jaxcompress.prune.group_scores import group_norms
+from jaxcompress.prune.groups import groups_for_macs
+from jaxcompress.prune.shrink import Shrunk, shrink
+from jaxcompress.prune.sparse_gpt import sparse_gpt
+
+
+def narrow(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    macs: float,
+    *,
+    round_to: int = 1,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Shrunk:
+    """Cuts channels until a share of the multiply-accumulates is left.
+
+    Of every group of coupled channels the same share goes, those of the smallest norm; what reads
+    them is fitted by least squares to the outputs it had, on the batches. No training.
+
+    Args:
+      apply_fn, params: pure and trained, in inference mode.
+      batches: tuples of inputs.
+      macs: the share that may stay, in (0, 1].
+      round_to: the channels of a group are a multiple of this, or all.
+      progress: wraps the layers.
+
+    Returns:
+      (fn, params, report), as `prune.shrink`.
+
+    Raises:
+      ValueError: a share out of range or that cannot be reached.
+
+    >>> import jax, jax.numpy as jnp
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> params = {"up": jax.random.normal(keys[0], (8, 16))}
+    >>> params["down"] = jax.random.normal(keys[1], (16, 4))
+    >>> x = jax.random.normal(keys[2], (64, 8))
+    >>> found = narrow(lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"], params, [(x,)], 0.5)
+    >>> found.params["up"].shape, found.params["down"].shape
+    ((8, 8), (8, 4))
+    """
+    batches = check_batches(batches)
+    found = axes(apply_fn, params, *batches[0])
+    scores = {name: score for name, score in group_norms(found, params).items()}
+    kept = groups_for_macs(found, scores, macs, round_to=round_to)
+    masks = group_masks(found, kept)
+    # Only what loses inputs is fitted: the sums that a layer had over the channels that go.
+    readers = {
+        path: 0.0
+        for path, mask in leaves_with_paths(masks)
+        if mask.ndim > 1 and not mask.all() and _reads(mask)
+    }
+    if readers:
+        params = sparse_gpt(
+            apply_fn, params, batches, readers, masks=masks, sweeps=2, progress=progress
+        )[0]
+    return shrink(apply_fn, params, kept, batches[0], axes=found)
+
+
+def _reads(mask: Any) -> bool:
+    # Whether some output keeps only a part of its inputs: not all rows go or stay as a whole.
+    flat = mask.reshape(-1, mask.shape[-1])
+    per_output = flat.sum(axis=0)
+    return bool(((per_output > 0) & (per_output < flat.shape[0])).any())
