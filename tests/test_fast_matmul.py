@@ -1,5 +1,7 @@
 """Products of int8 and int4 matrices against NumPy's, in int64 and float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,8 @@ def normal(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def packed(w, format, **where):
-    quantizer = quantize.weights(format, **({"axis": -1} | where))
+def packed(w, format, axis: int | None = -1, group=None):
+    quantizer = quantize.weights(format, axis=axis, group=group)
     return quantizer.pack(w, quantizer.init(w))
 
 
@@ -39,7 +41,14 @@ def reference(x, leaf, group=None):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     "shape, out",
-    [((64,), 48), ((1, 64), 48), ((2, 3, 37), 5), ((5, 1), 3), ((9, 130), 1), ((0, 16), 8)],
+    [
+        ((64,), 48),
+        ((1, 64), 48),
+        ((2, 3, 37), 5),
+        pytest.param((5, 1), 3, marks=pytest.mark.broad),
+        pytest.param((9, 130), 1, marks=pytest.mark.broad),
+        pytest.param((0, 64), 48, marks=pytest.mark.broad),
+    ],
 )
 def test_product_is_that_of_the_codes(bits, shape, out):
     x = normal(*shape)
@@ -71,7 +80,7 @@ def test_the_largest_sum_does_not_wrap():
     np.testing.assert_allclose(y, [[-128.0 * width]], rtol=4e-7)
 
 
-@pytest.mark.parametrize("width, group", [(64, 16), (96, 32), (12, 2), (24, 24)])
+@pytest.mark.parametrize("width, group", [(96, 32), (12, 2)])
 def test_groups_along_the_inputs(width, group):
     x = normal(3, width)
     leaf = packed(normal(width, 21, seed=1), formats.integer(4), group=group)
@@ -150,22 +159,27 @@ def test_agrees_with_the_simulation_per_token():
 
 
 def test_one_program_for_all_matrices_of_a_shape_also_in_scan_and_vmap():
-    step = jax.jit(lambda x, matrix: fast_matmul(x, matrix))
+    traced = []
+
+    @jax.jit
+    def step(x, matrix):
+        traced.append(matrix.bits)
+        return fast_matmul(x, matrix)
+
     ws = normal(3, 32, 32, seed=1)
     for bits in (4, 8):
-        matrices = [fast_matrix(w, bits=bits) for w in ws]
+        pack = jax.jit(functools.partial(fast_matrix, bits=bits))
+        matrices = [pack(w) for w in ws]
+        np.testing.assert_array_equal(matrices[0].codes, fast_matrix(ws[0], bits=bits).codes)
         x = normal(2, 32)
-        known = step._cache_size()
         each = jnp.stack([step(x, matrix) for matrix in matrices])
-        assert step._cache_size() == known + 1
+        assert traced.count(bits) == 1
         stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
         np.testing.assert_array_equal(jax.vmap(fast_matmul, (None, 0))(x, stack), each)
         rows = jax.vmap(fast_matmul, (0, None))(x, matrices[0])
         np.testing.assert_array_equal(rows, each[0])
         _, scanned = jax.lax.scan(lambda x, m: (x, fast_matmul(x, m)), x, stack)
         np.testing.assert_array_equal(scanned, each)
-        jitted = jax.jit(lambda w, bits=bits: fast_matrix(w, bits=bits))(ws[0])
-        np.testing.assert_array_equal(jitted.codes, matrices[0].codes)
 
 
 def test_gradient_is_straight_through():
@@ -180,7 +194,7 @@ def test_gradient_is_straight_through():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 5])
 def test_no_copy_of_the_weights_is_made(bits, rows):
     # What made products of a single row slow: weights converted to int32 first.
     x, w = (jax.ShapeDtypeStruct((n, 2048), jnp.float32) for n in (rows, 2048))
@@ -244,6 +258,6 @@ def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="need an array of float32.*got int8"):
         fast_matmul(jnp.ones((2, 16), jnp.int8), matrix)
     with pytest.raises(TypeError, match="need an array of float32.*got list"):
-        fast_matmul([1.0], matrix)
+        fast_matmul([1.0], matrix)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="need a FastMatrix, got ArrayImpl"):
-        fast_matmul(normal(2, 16), normal(16, 8))
+        fast_matmul(normal(2, 16), normal(16, 8))  # pyright: ignore[reportArgumentType]
