@@ -55,7 +55,7 @@ class FastMatrix:
 
 
 def fast_matrix(leaf: Any, *, bits: int | None = None, group: int | None = None) -> FastMatrix:
-    """The matrix as `fast_matmul` takes it; for memory, twice the codes, once. Works under `jit`.
+    """The matrix as `fast_matmul` takes it. Works under `jit`.
 
     Args:
       leaf: a `QTensor` [in, out] of `formats.integer(8)` or `integer(4)`, symmetric, one scale per
@@ -63,7 +63,7 @@ def fast_matrix(leaf: Any, *, bits: int | None = None, group: int | None = None)
         they are. Or a float array [in, out], rounded to nearest here.
       bits: 8 or 4, of a float array.
       group: elements per scale along `in`, of a float array at 4 bits; even, divides `in`. A
-        product per group: 128 and more are fast, 32 are slower than float32.
+        product per group: of 512 they cost little, below 128 they are slower than float32.
 
     Raises:
       TypeError: another kind of leaf, or bits beside a QTensor.
