@@ -2,7 +2,7 @@
 
 Command   python -m experiments.benchmarks.matmul --json
 Device    CPU, 2 cores, 2 GB of memory, two minutes
-Result    experiments/results/matmul.json
+Result    experiments/results/matmul.json (beside other jobs on the same cores: ratios count)
 
 `float32_s` is the plain x @ w with w [in, out] as Flax stores it, `float32_out_in_s` the same with
 w [out, in], the best layout of float32 found; both take w as an argument. W8A8 and W4A8 are

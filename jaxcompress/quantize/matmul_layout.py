@@ -63,7 +63,8 @@ def fast_matrix(leaf: Any, *, bits: int | None = None, group: int | None = None)
         they are. Or a float array [in, out], rounded to nearest here.
       bits: 8 or 4, of a float array.
       group: elements per scale along `in`, of a float array at 4 bits; even, divides `in`. A
-        product per group: of 512 they cost little, below 128 they are slower than float32.
+        product per group: of 512 they cost little; below 128, and for a hundred rows at 128 too,
+        they are slower than float32.
 
     Raises:
       TypeError: another kind of leaf, or bits beside a QTensor.
