@@ -31,6 +31,7 @@ from experiments import formats as formats_experiment
 from experiments._report import run
 from experiments.benchmarks import formats as formats_benchmark
 from experiments.benchmarks import gptq as gptq_benchmark
+from experiments.benchmarks import matmul as matmul_benchmark
 from experiments.benchmarks import search as search_benchmark
 from experiments.benchmarks import shrink as shrink_benchmark
 from experiments.benchmarks import stream as stream_benchmark
@@ -238,6 +239,16 @@ def test_gptq_is_timed_beside_its_limit(capsys):
     row = call(gptq_benchmark, "gptq_benchmark", capsys)
     assert {"first_call_s", "steady_s", "steady_limit_s"} <= set(row)
     assert row["error_over_nearest"] < 1
+
+
+def test_integer_products_are_timed_beside_float32_and_their_limits(capsys):
+    row = call(matmul_benchmark, "matmul", capsys)
+    for kind in ("w8a8", "w4a8"):
+        assert row[f"jax_{kind}_speedup"] == pytest.approx(row["float32_s"] / row[f"{kind}_s"])
+        assert 0 < row[f"limit_{kind}_s"] <= row[f"{kind}_s"]
+    assert row["w8a8_relative_error"] < 0.02 < row["w4a8_relative_error"] < 0.2
+    line = fails(matmul_benchmark, "matmul", capsys, "--rows", "0")
+    assert "--rows, --stack, --repeats positive" in line
 
 
 def test_shrunk_networks_compute_what_masked_ones_do(capsys):

@@ -150,7 +150,8 @@ def _rows(shape: tuple[int, ...], bits: float) -> tuple[int, ...]:
     return shape if shape and shape[-1] % lanes(bits) == 0 else (math.prod(shape),)
 
 
-def _codes(leaf: QTensor) -> Array:
+def unsigned_codes(leaf: QTensor) -> Array:
+    """The codes of a `QTensor` one by one, below 2**bits, of its shape."""
     *_, count = _rows(leaf.shape, leaf.format.bits)
     return unpack_bits(leaf.codes, leaf.format.bits, count).reshape(leaf.shape)
 
@@ -214,7 +215,7 @@ def _spread(values: Array, mask: Array) -> Array:
 @jax.jit
 def _unpack_leaf(leaf: Any) -> Any:
     if isinstance(leaf, QTensor):
-        return _decode(leaf, _codes(leaf))
+        return _decode(leaf, unsigned_codes(leaf))
     if isinstance(leaf, Masked):
         mask, values = kept(leaf), leaf.values
         if isinstance(values, QTensor):
@@ -306,7 +307,7 @@ def mask_leaf(mask: Array | np.ndarray, leaf: Any) -> Any:
     if packed_bytes(form) + least >= packed_bytes(leaf):
         return leaf
     if isinstance(leaf, QTensor):
-        codes = jnp.asarray(np.asarray(_codes(leaf)).reshape(-1)[flat])
+        codes = jnp.asarray(np.asarray(unsigned_codes(leaf)).reshape(-1)[flat])
         values = dataclasses.replace(leaf, codes=pack_bits(codes, leaf.format.bits))
     else:
         values = jnp.asarray(np.asarray(leaf).reshape(-1)[flat])

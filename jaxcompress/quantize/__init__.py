@@ -15,6 +15,7 @@ from jaxcompress.quantize.integer import (
     float_operations,
     integer_only,
 )
+from jaxcompress.quantize.matmul import FastMatrix, fast_matmul, fast_matrix
 from jaxcompress.quantize.ptq import (
     Spec,
     adaround,
@@ -63,6 +64,7 @@ __all__ = [
     "ActivationQuantizer",
     "Calibrator",
     "ClipLevel",
+    "FastMatrix",
     "IntegerProgram",
     "LearnedStep",
     "MinMax",
@@ -86,6 +88,8 @@ __all__ = [
     "ema_ranges",
     "equalize",
     "fake_quant",
+    "fast_matmul",
+    "fast_matrix",
     "float_operations",
     "fold_batch_norm",
     "gptq",
