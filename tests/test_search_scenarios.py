@@ -122,6 +122,14 @@ def test_a_narrow_network_has_the_share_and_less_error_than_cut_alone(network):
     assert ((fitted - want) ** 2).mean() < 0.9 * ((alone - want) ** 2).mean()
 
 
+def test_only_the_groups_that_are_named_lose_channels(network):
+    params, batches = network
+    small = narrow(apply_fn, params, batches, 0.8, groups="two.*").params
+    assert small["one"]["w"].shape == (12, 16) and small["two"]["w"].shape[1] < 16
+    with pytest.raises(ValueError, match="matches no group of channels; nearest: .*two"):
+        narrow(apply_fn, params, batches, 0.8, groups="tow.*")
+
+
 def test_a_narrower_network_wins_where_the_network_does_not_fit(network):
     params, batches = network
     inputs = np.concatenate([x for (x,) in batches])

@@ -1,5 +1,7 @@
 """Sums whose bits do not depend on the order: the same eager, under jit, on any shards."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -7,6 +9,8 @@ from jax import Array
 from jaxcompress.formats.rounding import clip_ste
 
 
+# One program: a caller that is not compiled would compile some forty small ones.
+@functools.partial(jax.jit, static_argnames="axes")
 def exact_sum(x: Array, *, axes: tuple[int, ...]) -> Array:
     """Sums non-negative numbers over axes, kept, with each cut to 24 bits of the largest.
 

@@ -39,6 +39,7 @@ def compress(
     candidates: int = 32,
     targets: Iterable[Any] | None = None,
     widths: Sequence[float] = (1.0,),
+    channels: str = ".*",
     training: Training | None = None,
     progress: Progress = iter,
     **how: Any,
@@ -65,6 +66,7 @@ def compress(
       targets: labels [B] of every batch.
       widths: shares of the multiply-accumulates that stay when channels are cut, as `narrow`; 1 is
         the network itself.
+      channels: which groups of channels may be cut, as `narrow(groups=)`.
       training: data and effort, shared among the narrower networks (half) and the winner.
       progress: wraps layers, evaluations and steps.
       **how: further arguments of `Search`.
@@ -101,7 +103,9 @@ def compress(
     for share in widths:
         fn, tree = teacher
         if share < 1:
-            fn, tree, _ = narrow(apply_fn, params, listed, share, progress=progress)
+            fn, tree, _ = narrow(
+                apply_fn, params, listed, share, groups=channels, progress=progress
+            )
             if training is not None:
                 part = training.part(0.5 / narrower)
                 tree = finetune(fn, tree, part, teacher=teacher, progress=progress).params

@@ -153,9 +153,11 @@ def finetune(
 
 
 def _optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    # In float32: optax would promote the count of steps by itself.
-    cosine = optax.cosine_decay_schedule(learning_rate, float(steps))
-    rate = lambda count: cosine(count.astype(jnp.float32))
+    def rate(count: Any) -> jax.Array:
+        # optax.cosine_decay_schedule, without its implicit promotion of the count of steps.
+        done = jnp.minimum(jnp.asarray(count, jnp.float32) / steps, 1.0)
+        return learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+
     return masked_optimizer(
         optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate, momentum=0.9, nesterov=True))
     )

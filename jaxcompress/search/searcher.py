@@ -149,7 +149,6 @@ class Search:
           ValueError: no plan meets the budget; with the least possible of every cost.
         """
         found = allocate(self.problem, budget, k=candidates)
-        measure = lambda chosen: self._evaluator.measure(chosen)[self.metric]
         return [
             Plan(
                 dict(solution.chosen),
@@ -159,17 +158,20 @@ class Search:
                 solution.loss,
                 {self.metric: float(solution.true_loss or 0.0)},
             )
-            for solution in rerank(found, measure)
+            for solution in rerank(found, self.measure)
         ]
+
+    def measure(self, chosen: Mapping[str, str]) -> float:
+        """The metric of {site: option}, activations as they were; other sites stay."""
+        return self._evaluator.measure(chosen)[self.metric]
 
     def uniform(self, option: str) -> Plan:
         """The plan of one option for all sites, measured."""
         chosen = dict.fromkeys(self.sites, option)
-        measured = self._evaluator.measure(chosen)
         loss = sum(self.problem.sites[site][option].loss for site in self.sites)
         return Plan(
             chosen, self.activations, self.device_name, self.problem.costs(chosen), loss,
-            {self.metric: measured[self.metric]},
+            {self.metric: self.measure(chosen)},
         )  # fmt: skip
 
     def apply(self, plan: Plan) -> Compressed:

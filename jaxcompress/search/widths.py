@@ -1,9 +1,10 @@
 """A narrower network from a trained one."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.paths import leaves_with_paths, near_misses
 from jaxcompress.graph import axes
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.prune.coupled import group_masks
@@ -19,6 +20,7 @@ def narrow(
     batches: Iterable[tuple[Any, ...]],
     macs: float,
     *,
+    groups: str = ".*",
     round_to: int = 1,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Shrunk:
@@ -31,6 +33,7 @@ def narrow(
       apply_fn, params: pure and trained, in inference mode.
       batches: tuples of inputs.
       macs: the share that may stay, in (0, 1].
+      groups: a regular expression on the names of the groups (`graph.axes`) that may lose channels.
       round_to: the channels of a group are a multiple of this, or all.
       progress: wraps the layers.
 
@@ -38,7 +41,7 @@ def narrow(
       (fn, params, report), as `prune.shrink`.
 
     Raises:
-      ValueError: a share out of range or that cannot be reached.
+      ValueError: a share out of range or that cannot be reached; `groups` that match nothing.
 
     >>> import jax, jax.numpy as jnp
     >>> keys = jax.random.split(jax.random.key(0), 3)
@@ -51,7 +54,11 @@ def narrow(
     """
     batches = check_batches(batches)
     found = axes(apply_fn, params, *batches[0])
-    scores = {name: score for name, score in group_norms(found, params).items()}
+    norms = group_norms(found, params)
+    scores = {name: norm for name, norm in norms.items() if re.fullmatch(groups, name)}
+    if not scores:
+        near = ", ".join(near_misses(groups, norms) or list(norms)[:3]) or "there are none"
+        raise ValueError(f"groups={groups!r} matches no group of channels; nearest: {near}")
     kept = groups_for_macs(found, scores, macs, round_to=round_to)
     masks = group_masks(found, kept)
     # Only what loses inputs is fitted: the sums that a layer had over the channels that go.
