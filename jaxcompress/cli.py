@@ -1,8 +1,11 @@
-"""The command line: quantize large checkpoints, look into files, list devices.
+"""The command line: quantize large checkpoints, look into files, cost, export and time them.
 
 jaxcompress quantize model.safetensors model-int4.safetensors --format int4 --group 32
 jaxcompress inspect model-int4.safetensors
 jaxcompress devices
+jaxcompress cost packed.safetensors --model my.nets:apply --input float32[1,32,32,3] --device ...
+jaxcompress export packed.safetensors model.onnx --model my.nets:apply --input float32[1,32,32,3]
+jaxcompress bench float32.onnx model.onnx model.tflite
 """
 
 import argparse
@@ -14,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxcompress import cost, formats
+from jaxcompress import cli_models, cost, formats
 from jaxcompress.core.paths import near_misses
 from jaxcompress.export.stream import Progress, StreamReport, quantize_file
 from jaxcompress.export.stream_read import inspect
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("file", help="*.safetensors")
     look.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     look.set_defaults(run=_inspect)
+    cli_models.add_commands(commands)
     names = commands.add_parser("devices", help="list the devices of the cost model")
     names.set_defaults(run=lambda args: print("\n".join(cost.devices())))
     return parser

@@ -1,0 +1,146 @@
+"""Files in the runtime they are for: one call for ONNX Runtime, LiteRT and StableHLO."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcompress.export.stablehlo import load_stablehlo
+
+
+class Session(NamedTuple):
+    """A file that is loaded and ready.
+
+    Attributes:
+      path: of the file.
+      runtime: "onnxruntime", "litert" or "jax".
+      shapes: of the inputs; a size that is free is None.
+      dtypes: of the inputs.
+      run: (*inputs) -> tuple of NumPy arrays, inputs of these shapes and dtypes.
+    """
+
+    path: Path
+    runtime: str
+    shapes: tuple[tuple[int | None, ...], ...]
+    dtypes: tuple[np.dtype, ...]
+    run: Callable[..., tuple[np.ndarray, ...]]
+
+
+def session(path: str | os.PathLike, *, threads: int = 1) -> Session:
+    """Loads a file by its suffix: `.onnx`, `.tflite`, `.stablehlo`.
+
+    Args:
+      path: of the file.
+      threads: of ONNX Runtime and LiteRT; a StableHLO program runs as JAX does.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: another suffix; fewer than one thread; a file that the runtime refuses.
+      ImportError: the runtime is not installed; with the line that installs it.
+    """
+    path = Path(path)
+    loaders = {".onnx": _onnx, ".tflite": _litert, ".stablehlo": _stablehlo}
+    if path.suffix not in loaders:
+        raise ValueError(f"{path}: a suffix of {', '.join(loaders)} says the runtime")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return loaders[path.suffix](path, threads)
+
+
+def _missing(package: str) -> ImportError:
+    return ImportError(f'{package} is not installed: pip install "jaxcompress[export]"')
+
+
+def _onnx(path: Path, threads: int) -> Session:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise _missing("onnxruntime") from error
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        found = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common public base
+        raise ValueError(f"{path}: ONNX Runtime refuses it: {error}") from error
+    ports = found.get_inputs()
+    names = [port.name for port in ports]
+    return Session(
+        path,
+        "onnxruntime",
+        tuple(tuple(n if isinstance(n, int) else None for n in port.shape) for port in ports),
+        tuple(_onnx_dtype(port.type) for port in ports),
+        lambda *inputs: tuple(found.run(None, dict(zip(names, inputs, strict=True)))),
+    )
+
+
+def _onnx_dtype(name: str) -> np.dtype:
+    inner = name.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(inner, inner))
+
+
+def _litert(path: Path, threads: int) -> Session:
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError as error:
+        raise _missing("ai-edge-litert") from error
+    try:
+        found = Interpreter(str(path), num_threads=threads)
+        found.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: LiteRT refuses it: {error}") from error
+    # The order of the signature is that of the function; that of the tensors need not be.
+    runner = found.get_signature_runner() if found.get_signature_list() else None
+    takes, gives = found.get_input_details(), found.get_output_details()
+    if runner is not None:
+        takes, gives = (
+            [details[name] for name in sorted(details, key=_natural)]
+            for details in (runner.get_input_details(), runner.get_output_details())
+        )
+
+    def run(*inputs: Any) -> tuple[np.ndarray, ...]:
+        for port, x in zip(takes, inputs, strict=True):
+            found.set_tensor(port["index"], np.asarray(x))
+        found.invoke()
+        return tuple(found.get_tensor(port["index"]) for port in gives)
+
+    shapes = tuple(tuple(int(n) for n in port["shape"]) for port in takes)
+    return Session(path, "litert", shapes, tuple(np.dtype(port["dtype"]) for port in takes), run)
+
+
+def _natural(name: str) -> tuple[str, int]:
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or -1)
+
+
+def _stablehlo(path: Path, threads: int) -> Session:
+    del threads
+    found = load_stablehlo(path)
+    compiled = jax.jit(lambda *inputs: found(*inputs))
+    return Session(
+        path,
+        "jax",
+        tuple(
+            tuple(n if isinstance(n, int) else None for n in port.shape) for port in found.inputs
+        ),
+        tuple(np.dtype(port.dtype) for port in found.inputs),
+        lambda *inputs: tuple(map(np.asarray, jax.tree.leaves(compiled(*inputs)))),
+    )
+
+
+def example(found: Session, *, batch: int = 1, seed: int = 0) -> Sequence[np.ndarray]:
+    """Inputs for a session: standard normal numbers, or zeros for integers; free sizes `batch`."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for shape, dtype in zip(found.shapes, found.dtypes, strict=True):
+        sizes = [batch if n is None else n for n in shape]
+        if np.issubdtype(dtype, np.floating):
+            made.append(rng.standard_normal(sizes).astype(dtype))
+        else:
+            made.append(np.zeros(sizes, dtype))
+    return made
