@@ -2,6 +2,7 @@
 
 from jaxcompress.export.checkpoint import Checkpoint, file_size, load, save
 from jaxcompress.export.container import FileSize
+from jaxcompress.export.litert import LiteRT, litert
 from jaxcompress.export.stream import Progress, StreamReport, quantize_file
 from jaxcompress.export.stream_read import Leaf, inspect
 
@@ -9,10 +10,12 @@ __all__ = [
     "Checkpoint",
     "FileSize",
     "Leaf",
+    "LiteRT",
     "Progress",
     "StreamReport",
     "file_size",
     "inspect",
+    "litert",
     "load",
     "quantize_file",
     "save",
