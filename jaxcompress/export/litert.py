@@ -11,14 +11,8 @@ import numpy as np
 from jaxcompress.core.files import replacing
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.export.litert_convert import (
-    Operator,
-    Tensor,
-    contents,
-    convert,
-    converter,
-    integer_interface,
-)
+from jaxcompress.export.litert_convert import convert, converter
+from jaxcompress.export.litert_file import Operator, Tensor, contents, integer_interface
 from jaxcompress.export.marked_program import marked_program
 from jaxcompress.export.marks import (
     mark_activations,
