@@ -21,6 +21,7 @@ from jaxcompress.export.marks import (
     stored_bits,
     why_unmarked,
 )
+from jaxcompress.export.names import port_names
 from jaxcompress.graph import Tap
 from jaxcompress.quantize.integer import IntegerProgram
 
@@ -90,8 +91,8 @@ def litert(
         fn, inputs = _marked(model, arguments, activations)
     exported = jax.export.export(_flat(fn), platforms=("cpu",))(*inputs)
     names = (
-        _names("input_names", input_names, "x", len(exported.in_avals)),
-        _names("output_names", output_names, "y", len(exported.out_avals)),
+        port_names("litert(input_names)", input_names, "x", len(exported.in_avals)),
+        port_names("litert(output_names)", output_names, "y", len(exported.out_avals)),
     )
     content = convert(exported.mlir_module_serialized, *names)
     if interface == "int8":
@@ -159,12 +160,3 @@ def _has_kernel(tap: Tap, stored: Mapping[str, QTensor | Masked]) -> bool:
     leaves = [stored[name] for name in tap.site.params if name in stored]
     grouped = tap.site.config.get("feature_group_count", 1) > 1
     return bool(leaves) and not (grouped and any(stored_bits(leaf) == 4 for leaf in leaves))
-
-
-def _names(argument: str, given: Sequence[str] | None, letter: str, count: int) -> list[str]:
-    if given is None:
-        return [letter] if count == 1 else [f"{letter}{i}" for i in range(count)]
-    names = [given] if isinstance(given, str) else list(given)
-    if len(names) != count or len(set(names)) != count:
-        raise ValueError(f"litert({argument}): needs {count} different names, got {names}")
-    return names
