@@ -9,20 +9,14 @@ import jax
 import numpy as np
 
 from jaxcompress.core.files import replacing
-from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed
+from jaxcompress.core.packed import Grid, is_packed
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export.litert_convert import convert, converter
 from jaxcompress.export.litert_file import Operator, Tensor, contents, integer_interface
 from jaxcompress.export.marked_program import marked_program
-from jaxcompress.export.marks import (
-    mark_activations,
-    mark_dynamic_activations,
-    mark_weights,
-    stored_bits,
-    why_unmarked,
-)
+from jaxcompress.export.marked_weights import marked_weights
+from jaxcompress.export.marks import mark_activations, why_unmarked
 from jaxcompress.export.names import port_names
-from jaxcompress.graph import Tap
 from jaxcompress.quantize.integer import IntegerProgram
 
 
@@ -139,24 +133,12 @@ def _marked(
     for x in jax.tree.leaves(inputs):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"litert: inputs must be arrays, got {type(x).__name__}")
-    if activations is None:
-        fn = apply_fn
-    elif activations == "dynamic":
-        stored = {name: leaf for name, leaf in leaves if is_packed(leaf)}
-        fn = mark_dynamic_activations(apply_fn, lambda tap: _has_kernel(tap, stored))
-    elif isinstance(activations, Mapping):
-        fn = mark_activations(apply_fn, dict(activations))
-    else:
+    if isinstance(activations, Mapping):
+        apply_fn = mark_activations(apply_fn, dict(activations))
+    elif activations not in (None, "dynamic"):
         raise TypeError(
             "litert(activations): None, 'dynamic' or grids {tap name: Grid}, "
             f"got {activations!r:.100}"
         )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(inputs))
-    return lambda *inputs: fn(mark_weights(packed), *inputs), shapes
-
-
-def _has_kernel(tap: Tap, stored: Mapping[str, QTensor | Masked]) -> bool:
-    # Whether the runtime multiplies these weights with activations in int8.
-    leaves = [stored[name] for name in tap.site.params if name in stored]
-    grouped = tap.site.config.get("feature_group_count", 1) > 1
-    return bool(leaves) and not (grouped and any(stored_bits(leaf) == 4 for leaf in leaves))
+    return marked_weights(apply_fn, packed, dynamic=activations == "dynamic"), shapes

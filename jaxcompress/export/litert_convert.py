@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 INSTALL = "pip install 'jaxcompress[export]'"
 _SIGNATURE = "serving_default"
 _FAILED = re.compile(r"failed to legalize operation '([^']+)'|'([a-z_]+\.[a-z_0-9.]+)' op ")
@@ -93,6 +95,8 @@ def _check_runs(content: bytes) -> None:
         try:
             interpreter = Interpreter(model_content=content, num_threads=1)
             interpreter.allocate_tensors()
+            for port in interpreter.get_input_details():
+                interpreter.set_tensor(port["index"], np.zeros(port["shape"], port["dtype"]))
             interpreter.invoke()
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0][:300]

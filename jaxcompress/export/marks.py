@@ -20,7 +20,7 @@ from jax import Array
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.formats.integer import Integer
-from jaxcompress.graph import Tap, compat, trace, walk
+from jaxcompress.graph import walk
 
 FAKE_QUANT = "quant.fake_quant"
 """Name of a mark."""
@@ -123,27 +123,6 @@ def mark_dynamic(x: Array, *, axes: tuple[int, ...]) -> Array:
     return on_grids(x, **empty, dtype="i8", narrow_range=False)
 
 
-def mark_dynamic_activations(
-    apply_fn: Callable[..., Any], where: Callable[[Tap], bool]
-) -> Callable[..., Any]:
-    """`apply_fn` with the activations of the taps for which `where` is true on dynamic grids."""
-    walked = walk(apply_fn, lambda tap, x, state: (mark_dynamic(x, axes=_shared(tap)), state))
-
-    def marked(params: Any, *inputs: Any) -> Any:
-        taps = trace(apply_fn, params, *inputs).taps
-        return walked({tap.name: () for tap in taps if where(tap)}, params, *inputs)[0]
-
-    return marked
-
-
-def _shared(tap: Tap) -> tuple[int, ...]:
-    # Axes of an activation that share a grid.
-    numbers = tap.site.config["dimension_numbers"]
-    if tap.site.primitive == compat.DOT:
-        return tuple(numbers[0][tap.operand])
-    return tuple(axis for axis in range(tap.aval.ndim) if axis != numbers.lhs_spec[0])
-
-
 def mark_activations(apply_fn: Callable[..., Any], grids: dict[str, Grid]) -> Callable[..., Any]:
     """`apply_fn` with the activations of the taps in `grids` ({tap name: Grid}) marked."""
     walked = walk(apply_fn, lambda tap, x, grid: (mark_grid(x, grid, where=tap.name), grid))
@@ -161,7 +140,7 @@ def mark_weights(packed: Any) -> Any:
 
 
 def why_unmarked(leaf: QTensor | Masked) -> str:
-    """Why `mark_weights` leaves a packed leaf unmarked; "" if it marks it."""
+    """Why the numbers of a packed leaf are on no grid that a runtime has; "" if they are."""
     values = leaf if isinstance(leaf, QTensor) else leaf.values
     if not isinstance(values, QTensor):
         return f"it is sparse {leaf.dtype}"
@@ -170,8 +149,7 @@ def why_unmarked(leaf: QTensor | Masked) -> str:
         return f"it is in the format {form.name}"
     if not values.granularity.plain:
         return "its scales are those of groups"
-    axes = values.granularity.channels(leaf.shape)
-    return f"it has scales along the axes {list(axes)}" if len(axes) > 1 else ""
+    return ""
 
 
 def stored_bits(leaf: QTensor | Masked) -> int:
@@ -189,6 +167,8 @@ def _marked(leaf: Any) -> Any:
         return array
     values = leaf if isinstance(leaf, QTensor) else leaf.values
     form, channels = values.format, values.granularity.channels(array.shape)
+    if len(channels) > 1:
+        return array
     bits = stored_bits(leaf)
     narrow = form.narrow or form.bits not in (4, 8)
     scale = np.asarray(values.qparams.scale).reshape(-1)
