@@ -13,10 +13,10 @@ from jaxcompress.core.packed import Grid, is_packed
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export.litert_convert import convert, converter
 from jaxcompress.export.litert_file import Operator, Tensor, contents, integer_interface
+from jaxcompress.export.lowered import lowered, port_names
 from jaxcompress.export.marked_program import marked_program
 from jaxcompress.export.marked_weights import marked_weights
 from jaxcompress.export.marks import mark_activations, why_unmarked
-from jaxcompress.export.names import port_names
 from jaxcompress.quantize.integer import IntegerProgram
 
 
@@ -49,7 +49,7 @@ def litert(
     `activations="dynamic"` int8 on grids that the runtime lays over every row (in convolutions,
     every image) that it meets. Grids from `quantize.calibrate_activations` are kept as well, but a
     layer is only computed in int8 if its result is on a grid too: `integer_only` puts everything on
-    one. Weights alone save bytes, not time.
+    one. Weights alone save bytes, not time. Rows of tables that are looked up are stored in int8.
 
     Args:
       model: an `IntegerProgram`, or a pure function (params, *inputs) -> arrays.
@@ -72,7 +72,7 @@ def litert(
         converter or its runtime cannot do; names that do not fit. Nothing is written then.
       TypeError: a model, inputs or activations of another type.
 
-    What it does not do: loops over layers (`lax.scan`), batches of any size, sparse storage.
+    What it does not do: loops (a `lax.scan` is unrolled), batches of any size, sparse storage.
     """
     converter()  # what is missing is said before anything is computed
     if interface not in ("float32", "int8"):
@@ -83,7 +83,7 @@ def litert(
         fn, inputs = marked_program(model), (_program_input(model, arguments),)
     else:
         fn, inputs = _marked(model, arguments, activations)
-    exported = jax.export.export(_flat(fn), platforms=("cpu",))(*inputs)
+    exported = lowered("litert", _flat(fn), inputs, platforms=("cpu",))
     names = (
         port_names("litert(input_names)", input_names, "x", len(exported.in_avals)),
         port_names("litert(output_names)", output_names, "y", len(exported.out_avals)),
@@ -97,9 +97,8 @@ def litert(
     return LiteRT(Path(path), len(content), *found)
 
 
-def _flat(fn: Callable[..., Any]) -> Any:
-    # Unused inputs stay inputs.
-    return jax.jit(lambda *inputs: tuple(jax.tree.leaves(fn(*inputs))), keep_unused=True)
+def _flat(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *inputs: tuple(jax.tree.leaves(fn(*inputs)))
 
 
 def _program_input(program: IntegerProgram, arguments: tuple[Any, ...]) -> jax.ShapeDtypeStruct:

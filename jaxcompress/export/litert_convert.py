@@ -10,7 +10,15 @@ import numpy as np
 INSTALL = "pip install 'jaxcompress[export]'"
 _SIGNATURE = "serving_default"
 _FAILED = re.compile(r"failed to legalize operation '([^']+)'|'([a-z_]+\.[a-z_0-9.]+)' op ")
-_PLAIN = ("tfl.", "arith.constant", "func.", "builtin.")
+_PLAIN = (
+    "tfl.",
+    "arith.constant",
+    "func.",
+    "builtin.",
+    "vhlo.return",
+    "vhlo.func",
+    "vhlo.constant",
+)
 
 
 def converter() -> tuple[Any, Any, Any, Any]:
@@ -68,12 +76,14 @@ def _reason(message: str, mlir: Any) -> str:
     found = [a or b for a, b in _FAILED.findall(message)]
     if not found and mlir is not None:
         names = (op.operation.name for op in _operations(mlir.operation))
-        found = [n for n in names if not n.startswith(_PLAIN) or n == "tfl.while"]
+        found = [n for n in names if not _PLAIN.match(n) or n == "tfl.while"]
+    # Where the export failed, the module is in its versioned form: vhlo.fft_v1.
+    found = [re.sub(r"^vhlo\.(\w+)_v\d+$", r"stablehlo.\1", name) for name in found]
     names = ", ".join(dict.fromkeys(found)) or "an operation that it does not name"
     loops = any(name.endswith(".while") for name in found)
     first = message.strip().splitlines()[0][:300] if message.strip() else ""
     return f"litert: the converter cannot do {names}; " + (
-        "it has no loops: write lax.scan, fori_loop and while_loop as Python loops"
+        "it has no loops: write them as Python loops, or as lax.scan, which is unrolled"
         if loops
         else f"compute it otherwise, or outside the exported function ({first})"
     )

@@ -124,7 +124,7 @@ class _Evaluation:
         name = eqn.primitive.name
         if name in _OPEN:
             return self.run(compat.call_body(eqn), values)
-        if name == "scan":
+        if name == "scan" and eqn.params["length"]:
             return self._scan(eqn, values)
         weights = [isinstance(x, Weight) for x in values]
         if any(weights):

@@ -20,7 +20,7 @@ from jaxcompress.core.files import replacing
 from jaxcompress.core.packed import unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export import container
-from jaxcompress.export.names import port_names
+from jaxcompress.export.lowered import lowered, port_names
 from jaxcompress.quantize.integer import IntegerProgram
 
 VERSION = "1"
@@ -217,8 +217,7 @@ def _exported(
     fn: Callable[..., Any], inputs: tuple[Any, ...], platforms: tuple[str, ...]
 ) -> tuple[np.ndarray, Any]:
     _need_flatbuffers()
-    # A function of its own: JAX would find an older trace, with other constants, by `fn`.
-    exported = jax.export.export(jax.jit(lambda *x: fn(*x)), platforms=platforms)(*inputs)
+    exported = lowered("stablehlo", fn, inputs, platforms=platforms)
     try:
         serialized = exported.serialize()
     except (NotImplementedError, ValueError) as error:
