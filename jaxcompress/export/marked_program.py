@@ -108,8 +108,7 @@ def _contraction(node: Node, codes: np.ndarray, scale: np.ndarray, x: Array) -> 
         bits=bits, narrow=True, axis=sizes[0] if sizes else None,
     )  # fmt: skip
     if node.kind == "dot":
-        operands = (x, weight) if node.get("side") == 1 else (weight, x)
-        return lax.dot_general(*operands, node.get("dimension_numbers"))
+        return _product(x, weight, node.get("dimension_numbers"), node.get("side"))
     rank = weight.ndim
     kernel = (rank - 1, rank - 2, *range(rank - 2))  # out, in, *space
     return lax.conv_general_dilated(
@@ -124,6 +123,16 @@ def _contraction(node: Node, codes: np.ndarray, scale: np.ndarray, x: Array) -> 
         ),
         feature_group_count=node.get("groups"),
     )
+
+
+def _product(x: Array, weight: Array, numbers: Any, side: int) -> Array:
+    # Runtimes have the weight on the right.
+    if side == 1:
+        return lax.dot_general(x, weight, numbers)
+    terms, batch = numbers
+    y = lax.dot_general(x, weight, (terms[::-1], batch[::-1]))
+    lead, free = len(batch[0]), weight.ndim - len(terms[0]) - len(batch[0])
+    return jnp.moveaxis(y, range(y.ndim - free, y.ndim), range(lead, lead + free))
 
 
 def _along_result(node: Node, scale: np.ndarray, rank: int) -> np.ndarray:

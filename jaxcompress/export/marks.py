@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcompress.core.packed import Grid, QTensor, is_packed, unpack
+from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.formats.integer import Integer
 from jaxcompress.graph import walk
@@ -94,6 +94,35 @@ def mark_grid(x: Array, grid: Grid, *, where: str) -> Array:
     return mark(x, scale=scale, zero_point=zero - offset, bits=8, narrow=narrow)
 
 
+def mark_dynamic(x: Array, *, axes: tuple[int, ...]) -> Array:
+    """x on grids of int8 that follow its range while the network runs, as a marked operation.
+
+    One grid per index of the other axes: with a = min(x, 0) and b = max(x, 0) over `axes`,
+    S = (b - a) / 255 and Z is -128 - a / S or 127 - b / S rounded, whichever end is nearer to its
+    code. This is what LiteRT's kernels for dynamic ranges do; other runtimes may place grids else.
+
+    Args:
+      x: floating point, [...].
+      axes: along which an element shares the grid: those that are contracted, in a convolution all
+        but the batch.
+    """
+
+    @functools.partial(jax.lax.composite, name=FAKE_QUANT)
+    def on_grids(x: Array, **_: Any) -> Array:
+        low = jnp.minimum(jnp.min(x, axes, keepdims=True), 0)
+        high = jnp.maximum(jnp.max(x, axes, keepdims=True), 0)
+        # S^-1 = 255 / (b - a), 1 for a row of zeros
+        inverse = jnp.where(high == low, jnp.ones_like(low), 255 / (high - low))
+        from_low, from_high = -128 - low * inverse, 127 - high * inverse
+        error = (-128 + low * inverse) + (127 + high * inverse)
+        zero = jnp.round(jnp.clip(jnp.where(error > 0, from_low, from_high), -128, 127))
+        codes = jnp.clip(jnp.round(x * inverse) + zero, -128, 127)
+        return (codes - zero) / inverse
+
+    empty: dict[str, Any] = {"scale": np.zeros(0, np.float32), "zero_point": np.zeros(0, np.int64)}
+    return on_grids(x, **empty, dtype="i8", narrow_range=False)
+
+
 def mark_activations(apply_fn: Callable[..., Any], grids: dict[str, Grid]) -> Callable[..., Any]:
     """`apply_fn` with the activations of the taps in `grids` ({tap name: Grid}) marked."""
     walked = walk(apply_fn, lambda tap, x, grid: (mark_grid(x, grid, where=tap.name), grid))
@@ -110,16 +139,37 @@ def mark_weights(packed: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(packed, is_leaf=is_packed), leaves)
 
 
+def why_unmarked(leaf: QTensor | Masked) -> str:
+    """Why the numbers of a packed leaf are on no grid that a runtime has; "" if they are."""
+    values = leaf if isinstance(leaf, QTensor) else leaf.values
+    if not isinstance(values, QTensor):
+        return f"it is sparse {leaf.dtype}"
+    form = values.format
+    if not isinstance(form, Integer) or not form.symmetric or form.bits > 8:
+        return f"it is in the format {form.name}"
+    if not values.granularity.plain:
+        return "its scales are those of groups"
+    return ""
+
+
+def stored_bits(leaf: QTensor | Masked) -> int:
+    """What runtimes store the codes of a leaf in that is marked: 4 or 8 bits."""
+    values = leaf if isinstance(leaf, QTensor) else leaf.values
+    return 4 if values.format.bits <= 4 else 8
+
+
 def _marked(leaf: Any) -> Any:
     if not is_packed(leaf):
         return leaf
-    array, values = unpack(leaf), leaf if isinstance(leaf, QTensor) else leaf.values
-    if not isinstance(values, QTensor) or not isinstance(values.format, Integer):
+    with jax.ensure_compile_time_eval():  # a constant of the program, not a decoder in it
+        array = unpack(leaf)
+    if why_unmarked(leaf):
         return array
+    values = leaf if isinstance(leaf, QTensor) else leaf.values
     form, channels = values.format, values.granularity.channels(array.shape)
-    if not form.symmetric or not values.granularity.plain or len(channels) > 1 or form.bits > 8:
+    if len(channels) > 1:
         return array
-    bits = 4 if form.bits <= 4 else 8
+    bits = stored_bits(leaf)
     narrow = form.narrow or form.bits not in (4, 8)
     scale = np.asarray(values.qparams.scale).reshape(-1)
     axis = channels[0] if channels and array.shape[channels[0]] > 1 else None

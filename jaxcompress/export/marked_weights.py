@@ -1,0 +1,226 @@
+"""A function evaluated again with its packed weights marked where they meet activations.
+
+Runtimes know a dense layer as rows [..., K] times a matrix [K, N] with one scale per column, so
+that is how contractions with weights are written here: weights on the right, contracted axes last
+and joined, free ones joined. The steps of a weight follow it through views to where it is used:
+kernels of several axes, transposed ones and layers stacked for a scan keep their grids. Loops are
+unrolled, calls inlined.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxcompress.core.packed import QTensor, is_packed, unpack
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.export.marks import mark, mark_dynamic, stored_bits
+from jaxcompress.graph import compat
+
+_VIEWS = frozenset(
+    "reshape transpose squeeze expand_dims slice rev broadcast_in_dim convert_element_type "
+    "copy copy_p stop_gradient".split()
+)
+_OPEN = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
+
+
+class Weight(NamedTuple):
+    """A constant on a grid: its numbers, and the step of each of them."""
+
+    name: str
+    array: np.ndarray
+    step: np.ndarray  # of the array's shape
+    bits: int
+    narrow: bool
+
+
+def marked_weights(
+    apply_fn: Callable[..., Any], packed: Any, *, dynamic: bool
+) -> Callable[..., Any]:
+    """`apply_fn` of the inputs alone, on packed weights that are marked.
+
+    Args:
+      apply_fn: (params, *inputs) -> outputs.
+      packed: its params; packed leaves are symmetric integers, with scales along whole axes.
+      dynamic: whether what meets a weight is on dynamic grids (`mark_dynamic`).
+
+    The returned function raises:
+      ValueError: the steps of a weight vary along an axis along which a runtime has one.
+    """
+    flat = leaves_with_paths(packed, is_leaf=is_packed)
+    weights = [_weight(name, leaf) if is_packed(leaf) else leaf for name, leaf in flat]
+    arrays = [w.array if isinstance(w, Weight) else w for w in weights]
+    params = jax.tree.unflatten(jax.tree.structure(packed, is_leaf=is_packed), arrays)
+
+    def marked(*inputs: Any) -> Any:
+        closed, out = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
+        values = [*weights, *jax.tree.leaves(inputs)]
+        results = _Evaluation(dynamic).run(compat.body(closed), values)
+        return jax.tree.unflatten(jax.tree.structure(out), list(map(_marked, results)))
+
+    return marked
+
+
+def _weight(name: str, leaf: Any) -> Weight:
+    with jax.ensure_compile_time_eval():
+        values = leaf if isinstance(leaf, QTensor) else leaf.values
+        array = np.asarray(unpack(leaf))
+        scale = jnp.asarray(values.qparams.scale)
+        step = np.asarray(values.granularity.expand(scale, leaf.shape))
+    narrow = values.format.narrow or values.format.bits not in (4, 8)
+    return Weight(name, array, np.broadcast_to(step, array.shape), stored_bits(leaf), narrow)
+
+
+def _axes(w: Weight) -> list[int]:
+    # Along which the steps vary.
+    moved = (np.moveaxis(w.step, axis, 0) for axis in range(w.step.ndim))
+    return [axis for axis, steps in enumerate(moved) if not (steps == steps[:1]).all()]
+
+
+def _marked(x: Any, axis: int | None = None) -> Any:
+    """A weight as a marked array, its steps along one axis or none; other values as they are."""
+    if not isinstance(x, Weight):
+        return x
+    vary = _axes(x)
+    if axis is None and len(vary) == 1:
+        (axis,) = vary
+    if set(vary) - {axis}:
+        raise ValueError(
+            f"litert: {x.name}: its scales vary along the axes {vary} of the {list(x.array.shape)} "
+            "array that is used, where LiteRT has one per tensor or output channel: quantize it "
+            "along the axis of the outputs, or give jc.unpack of the leaf, stored in float32"
+        )
+    if axis is not None:
+        scale = np.moveaxis(x.step, axis, 0).reshape(x.step.shape[axis], -1)[:, 0]
+        axis = None if len(scale) == 1 else axis
+    else:
+        scale = x.step.reshape(-1)[:1]
+    array = jnp.asarray(x.array)
+    return mark(array, scale=scale, zero_point=0, bits=x.bits, narrow=x.narrow, axis=axis)
+
+
+class _Evaluation:
+    """Evaluates jaxprs on values of which some are weights."""
+
+    def __init__(self, dynamic: bool):
+        self.dynamic = dynamic
+
+    def run(self, body: compat.Body, values: Sequence[Any]) -> list[Any]:
+        """The results of a jaxpr."""
+        known = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
+        known.update(zip(body.jaxpr.invars, values, strict=True))
+        read = lambda v: v.val if compat.is_literal(v) else known[v]
+        for eqn in body.jaxpr.eqns:
+            with compat.surroundings(eqn):
+                results = self._evaluate(eqn, [read(v) for v in eqn.invars])
+            known.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in body.jaxpr.outvars]
+
+    def _evaluate(self, eqn: Any, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        if name in _OPEN:
+            return self.run(compat.call_body(eqn), values)
+        if name == "scan" and eqn.params["length"]:
+            return self._scan(eqn, values)
+        weights = [isinstance(x, Weight) for x in values]
+        if any(weights):
+            if name in _VIEWS and len(values) == 1:
+                return [_viewed(eqn, values[0])]
+            if name == compat.DOT and sum(weights) == 1:
+                return [self._dot(eqn, values, weights.index(True))]
+            if name == compat.CONV and weights == [False, True]:
+                return [self._conv(eqn, *values)]
+            if name == "gather" and weights == [True, False] and _is_lookup(eqn, *values):
+                return [_looked_up(*values)]
+        return compat.evaluate(eqn, list(map(_marked, values)))
+
+    def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
+        constants, carried = compat.scan_sizes(eqn.params)
+        fixed, carry = values[:constants], values[constants : constants + carried]
+        rows, length = values[constants + carried :], eqn.params["length"]
+        steps = range(length)[::-1] if eqn.params["reverse"] else range(length)
+        body, stacked = compat.body(eqn.params["jaxpr"]), {}
+        for i in steps:
+            results = self.run(body, [*fixed, *carry, *(_row(x, i) for x in rows)])
+            carry, stacked[i] = results[:carried], [_marked(y) for y in results[carried:]]
+        columns = zip(*(stacked[i] for i in range(length)), strict=True)
+        return [*carry, *map(jnp.stack, columns)]
+
+    def _dot(self, eqn: Any, values: list[Any], side: int) -> Any:
+        terms, batch = eqn.params["dimension_numbers"]
+        w, x = values[side], values[1 - side]
+        if batch[0] or not terms[0]:
+            return compat.evaluate(eqn, list(map(_marked, values)))[0]
+        # x [*free, K], w [K, N]
+        free = [a for a in range(x.ndim) if a not in terms[1 - side]]
+        rows = jnp.transpose(x, (*free, *terms[1 - side]))
+        rows = rows.reshape(*rows.shape[: len(free)], -1)
+        columns = [a for a in range(w.array.ndim) if a not in terms[side]]
+        sizes = [w.array.shape[a] for a in columns]
+        order = (*terms[side], *columns)
+        matrix = w._replace(
+            array=w.array.transpose(order).reshape(rows.shape[-1], math.prod(sizes)),
+            step=w.step.transpose(order).reshape(rows.shape[-1], math.prod(sizes)),
+        )
+        if self.dynamic:
+            rows = mark_dynamic(rows, axes=(rows.ndim - 1,))
+        y = lax.dot_general(
+            rows, _marked(matrix, 1), (((rows.ndim - 1,), (0,)), ((), ())),
+            precision=eqn.params["precision"],
+            preferred_element_type=eqn.params["preferred_element_type"],
+        )  # fmt: skip
+        y = y.reshape(*y.shape[:-1], *sizes)
+        if side == 1:
+            return y
+        return jnp.moveaxis(y, range(len(free)), range(len(sizes), y.ndim))
+
+    def _conv(self, eqn: Any, x: Array, w: Weight) -> Any:
+        numbers = eqn.params["dimension_numbers"]
+        # What kernels for dynamic ranges do not do is computed in floats.
+        grouped = eqn.params["feature_group_count"] > 1 and w.bits == 4
+        dilated = set(eqn.params["lhs_dilation"]) != {1} or eqn.params["batch_group_count"] > 1
+        if self.dynamic and not grouped and not dilated:
+            x = mark_dynamic(x, axes=tuple(a for a in range(x.ndim) if a != numbers.lhs_spec[0]))
+        return compat.evaluate(eqn, [x, _marked(w, numbers.rhs_spec[0])])[0]
+
+
+def _is_lookup(eqn: Any, table: Weight, indices: Any) -> bool:
+    # Rows of a matrix.
+    numbers = eqn.params["dimension_numbers"]
+    return (
+        table.array.ndim == 2
+        and tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
+        and tuple(numbers.offset_dims) == (indices.ndim - 1,)
+        and tuple(eqn.params["slice_sizes"]) == (1, table.array.shape[1])
+    )
+
+
+def _looked_up(table: Weight, indices: Any) -> Any:
+    # The runtime has no rows of quantized numbers: rows of codes, times steps. Clips the indices.
+    rows = indices[..., 0]
+    codes = jnp.asarray(np.rint(table.array / table.step), jnp.int8)
+    found = jnp.take(codes, rows, axis=0, mode="clip").astype(table.array.dtype)
+    if 0 not in _axes(table):
+        step = jnp.asarray(table.step[0])
+        return found * step.reshape((1,) * rows.ndim + step.shape)
+    if 1 in _axes(table):
+        _marked(table, 0)  # raises
+    return found * jnp.take(jnp.asarray(table.step[:, 0]), rows, axis=0, mode="clip")[..., None]
+
+
+def _row(x: Any, i: int) -> Any:
+    if isinstance(x, Weight):
+        return x._replace(array=x.array[i], step=x.step[i])
+    return x[i]
+
+
+def _viewed(eqn: Any, w: Weight) -> Any:
+    with jax.ensure_compile_time_eval():
+        array, step = (
+            np.asarray(compat.evaluate(eqn, [jnp.asarray(a)])[0]) for a in (w.array, w.step)
+        )
+    return w._replace(array=array, step=step)
