@@ -57,9 +57,7 @@ class Codes(NamedTuple):
     def flipped(self, axes: tuple[int, ...]) -> "Codes":
         """Reversed along axes."""
         flip = lambda a: np.flip(a, axes)
-        return self._replace(
-            codes=flip(self.codes), scale=flip(self.scale), zero=flip(self.zero)
-        )
+        return self._replace(codes=flip(self.codes), scale=flip(self.scale), zero=flip(self.zero))
 
     def reshaped(self, shape: tuple[int, ...]) -> "Codes | None":
         """In another shape, None where the blocks would not follow an axis of it."""
@@ -82,9 +80,7 @@ class Codes(NamedTuple):
                 return None
             few.append(bound if blocks == n else slice(None))
         cut = tuple(few)
-        return self._replace(
-            codes=self.codes[bounds], scale=self.scale[cut], zero=self.zero[cut]
-        )
+        return self._replace(codes=self.codes[bounds], scale=self.scale[cut], zero=self.zero[cut])
 
 
 def expanded(a: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -172,7 +168,8 @@ def _block_shape(leaf: QTensor) -> tuple[tuple[int, ...], tuple[int, ...]] | Non
         lead = 2 * len(shape) - len(scales)
         counts = (*scales[:lead], *scales[lead::2])
         fits = all(n % c == 0 for n, c in zip(shape, counts, strict=True))
-        fits &= all(b == n // c for b, n, c in zip(where.block[::-1], shape[::-1], counts[::-1]))
+        last = zip(where.block[::-1], shape[::-1], counts[::-1], strict=False)
+        fits &= all(b == n // c for b, n, c in last)
         return (identity, counts) if fits else None
     channels = where.channels(shape)
     rest = [axis for axis in identity if axis not in channels]

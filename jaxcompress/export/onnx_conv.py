@@ -110,5 +110,3 @@ def _turned(low: Lowering, e: Equation, spec: tuple[int, ...], groups: int):
     # [groups out, in / groups, *space] -> [groups in, out / groups, *space]
     parts = [np.swapaxes(part, 0, 1) for part in np.split(w, groups)]
     return low.graph.constant(np.concatenate(parts))
-
-

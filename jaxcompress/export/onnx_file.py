@@ -1,6 +1,5 @@
 """ONNX files: a network lowered from its trace, with the library's own grids and codes."""
 
-import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,9 +10,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxcompress.core.packed import is_packed, unpack
-from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
+    onnx_composed,
     onnx_conv,
     onnx_indexing,
     onnx_matmul,
@@ -21,17 +19,13 @@ from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
     onnx_views,
 )
 from jaxcompress.export.marked_program import marked_program
-from jaxcompress.export.marks import FAKE_QUANT
-from jaxcompress.export.onnx_codes import Codes, of_leaf, of_mark
 from jaxcompress.export.onnx_graph import Graph, Port, require_onnx, write
 from jaxcompress.export.onnx_lower import Lowering, Settings, refusal
 from jaxcompress.export.onnx_rules import RULES
 from jaxcompress.export.onnx_shapes import Dims, is_static
-from jaxcompress.graph import compat
-from jaxcompress.graph.equations import Equation, Flattener, needed, unrolled
+from jaxcompress.export.onnx_trace import LONGEST_SCAN, Trace, trace
+from jaxcompress.graph.equations import Equation
 from jaxcompress.quantize.integer import IntegerProgram
-
-_LONGEST_SCAN = 64
 
 
 class OnnxReport(NamedTuple):
@@ -105,16 +99,18 @@ def onnx(
     if isinstance(apply_fn, IntegerProgram):
         program = apply_fn
         if params is not None or inputs:
-            raise TypeError("export.onnx: an IntegerProgram has its weights and shapes; give a path")
+            raise TypeError(
+                "export.onnx: an IntegerProgram has its weights and shapes; give a path"
+            )
         inputs = (jax.ShapeDtypeStruct(program.shape, np.float32),)
         shapes = shapes if program.batched else None
         marked = marked_program(program)
         apply_fn, params = lambda _, x: marked(x), ()
     if not jax.tree.leaves(inputs):
         raise TypeError("export.onnx: needs the inputs: arrays or jax.ShapeDtypeStructs")
-    trace = _trace(apply_fn, params, inputs, shapes, constraints)
+    traced = trace(apply_fn, params, inputs, shapes, constraints)
     settings = Settings(products == "dynamic", activations)
-    graph, ports = _lowered(trace, settings)
+    graph, ports = _lowered(traced, settings)
     model = graph.model(*ports, name="jaxcompress")
     size = write(model, path)
     nodes = Counter(node.op_type for node in model.graph.node)
@@ -131,117 +127,7 @@ def _check(products: str, activations: str) -> None:
             raise ValueError(f"export.onnx({name}): must be one of {known}, got {given!r}")
 
 
-class _Trace(NamedTuple):
-    flattener: Flattener
-    equations: tuple[Equation, ...]
-    inputs: list[tuple[str, int, Any]]  # name, value, aval
-    outputs: list[tuple[str, int]]
-    uses: Any
-
-
-def _trace(apply_fn, params, inputs, shapes, constraints) -> _Trace:
-    leaves = jax.tree.leaves(params, is_leaf=is_packed)
-    plain = jax.eval_shape(unpack, params)
-    specs = _specs(inputs, shapes, constraints)
-    closed, out = _traced(apply_fn, plain, specs, shapes)
-    closed = compat.without_dead_code(closed)
-    flattener = Flattener(_expand)
-    arguments = [flattener.value(v.aval) for v in closed.jaxpr.invars]
-    flattener.known.update(zip(arguments, map(of_leaf, leaves), strict=False))
-    results = flattener.run(compat.body(closed), arguments, "")
-    live = flattener.split(_evaluate)
-    equations, uses = needed(live, results)
-    rest = arguments[len(leaves) :]
-    names = _input_names(apply_fn, inputs)
-    ins = [(n, k, flattener.avals[k]) for n, k in zip(names, rest, strict=True)]
-    outs = [path.replace("/", ".") or "output" for path, _ in leaves_with_paths(out)]
-    return _Trace(flattener, equations, ins, list(zip(outs, results, strict=True)), uses)
-
-
-def _specs(inputs: tuple[Any, ...], shapes: Any, constraints: Sequence[str]) -> tuple[Any, ...]:
-    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), inputs)
-    if shapes is None:
-        return arrays
-    if isinstance(shapes, str):
-        shapes = jax.tree.map(lambda x: shapes if x.shape else "...", arrays)
-    return jax.export.symbolic_args_specs(arrays, shapes, constraints=constraints)
-
-
-def _traced(apply_fn, plain, specs, shapes):
-    try:
-        return jax.make_jaxpr(apply_fn, return_shape=True)(plain, *specs)
-    except Exception as error:
-        if shapes is None or is_static([n for s in jax.tree.leaves(specs) for n in s.shape]):
-            raise
-        raise ValueError(
-            f"export.onnx: the network cannot be traced for the free sizes {shapes!r}: {error}\n"
-            "Give shapes=None for a file of the inputs' own shapes, or constraints on the sizes."
-        ) from error
-
-
-def _expand(eqn: Any) -> Any:
-    name = eqn.primitive.name
-    if name == "composite" and compat.composite(eqn)[0] != FAKE_QUANT:
-        return eqn.params["jaxpr"]
-    if name == "scan" and eqn.params["length"] <= _LONGEST_SCAN:
-        return unrolled(eqn)
-    return None
-
-
-def _evaluate(e: Equation, values: list[Any]) -> list[Any] | None:
-    if not all(is_static(getattr(v.aval, "shape", ())) for v in e.eqn.outvars):
-        return None
-    if e.primitive == "composite" and np.size(compat.composite(e.eqn)[1]["scale"]):
-        # The last operand: what the mark closes over comes first.
-        x = values[-1].array() if isinstance(values[-1], Codes) else np.asarray(values[-1])
-        return [of_mark(x, compat.composite(e.eqn)[1])]
-    if isinstance(values[0] if values else None, Codes):
-        followed = _followed(e, values)
-        if followed is not None:
-            return [followed]
-    arrays = [v.array() if isinstance(v, Codes) else v for v in values]
-    return compat.evaluate(e.eqn, [jax.numpy.asarray(a) for a in arrays])
-
-
-def _followed(e: Equation, values: list[Any]) -> Codes | None:
-    codes, p = values[0], e.eqn.params
-    shape = tuple(e.eqn.outvars[0].aval.shape)
-    if e.primitive in ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint"):
-        return codes
-    if e.primitive == "convert_element_type":
-        return codes if p["new_dtype"] == np.float32 else None
-    if e.primitive == "transpose":
-        return codes.transposed(tuple(p["permutation"]))
-    if e.primitive in ("reshape", "squeeze", "expand_dims") and p.get("dimensions") is None:
-        return codes.reshaped(shape)
-    if e.primitive in ("squeeze", "expand_dims"):
-        return codes.reshaped(shape)
-    if e.primitive == "rev":
-        return codes.flipped(tuple(p["dimensions"]))
-    if e.primitive == "slice":
-        steps = p["strides"] or (1,) * len(shape)
-        bounds = zip(p["start_indices"], p["limit_indices"], steps, strict=True)
-        return codes.sliced(tuple(slice(*bound) for bound in bounds))
-    return None
-
-
-def _input_names(apply_fn: Any, inputs: tuple[Any, ...]) -> list[str]:
-    given = [f"input_{k}" for k in range(len(inputs))]
-    try:
-        taken = list(inspect.signature(apply_fn).parameters.values())[1:]
-        plain = [p.name for p in taken if p.kind == p.POSITIONAL_OR_KEYWORD]
-        given[: len(plain)] = plain[: len(inputs)]
-    except (TypeError, ValueError):
-        pass
-    names = [
-        ".".join(filter(None, (name, path.replace("/", "."))))
-        for name, tree in zip(given, inputs, strict=True)
-        for path, _ in leaves_with_paths(tree)
-    ]
-    return [f"{n}_{k}" if names.count(n) > 1 else n for k, n in enumerate(names)]
-
-
-def _lowered(trace: _Trace, settings: Settings):
+def _lowered(trace: Trace, settings: Settings):
     graph, avals = Graph(), trace.flattener.avals
     symbols: dict[str, tuple[str, int]] = {}
     for name, _, aval in trace.inputs:
@@ -272,7 +158,7 @@ def _refuse_unknown(equations: Sequence[Equation]) -> None:
         if e.primitive not in RULES:
             why = "this primitive has no lowering"
             if e.primitive == "scan":
-                why = f"loops of more than {_LONGEST_SCAN} trips are not unrolled"
+                why = f"loops of more than {LONGEST_SCAN} trips are not unrolled"
             raise refusal(e, why)
 
 

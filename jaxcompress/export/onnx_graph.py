@@ -114,7 +114,9 @@ class Graph:
         arrays = [(n, *stored) for n, stored in self._arrays.items() if n in used]
         total = sum(a.nbytes // (2 if stored else 1) for _, a, stored in arrays)
         if total > _MOST_BYTES:
-            raise ValueError(f"an ONNX file holds at most 2 GiB, its constants have {total:,} bytes")
+            raise ValueError(
+                f"an ONNX file holds at most 2 GiB, the constants have {total:,} bytes"
+            )
         graph = onnx.helper.make_graph(
             [_node_proto(onnx, node) for node in nodes],
             name,

@@ -1,4 +1,4 @@
-"""How lookups are lowered: tables stay in codes, only the rows that are looked up become numbers."""
+"""How lookups are lowered: tables stay codes, the rows that are looked up become numbers."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def _gather(low: Lowering, e: Equation) -> None:
         if not {*free} & {*d.start_index_map} and _at_known_places(low, e):
             return
     axes = tuple(d.start_index_map)
-    whole = all(size == n for a, (size, n) in enumerate(zip(sizes, shape)) if a not in axes)
+    whole = all(sizes[a] == n for a, n in enumerate(shape) if a not in axes)
     if (
         len(axes) != 1
         or tuple(d.collapsed_slice_dims) != axes
@@ -183,7 +183,9 @@ def _dynamic_slice(low: Lowering, e: Equation) -> None:
     x_number, *starts = e.operands
     shape, sizes = low.shape(x_number), e.eqn.params["slice_sizes"]
     if all(low.known(n) is not None for n in starts) and is_static(shape):
-        firsts = [int(np.clip(low.array(n), 0, n_ - s)) for n, n_, s in zip(starts, shape, sizes)]
+        places = [int(np.asarray(low.array(n))) for n in starts]
+        known = zip(places, shape, sizes, strict=True)
+        firsts = [min(max(at, 0), n - size) for at, n, size in known]
         bounds = [(first, first + size, 1) for first, size in zip(firsts, sizes, strict=True)]
         x = sliced(low, source(low, e), bounds, shape)
         return low.put(e.outputs[0], x.name, order=x.order, grid=x.grid)
@@ -199,5 +201,3 @@ def _dynamic_slice(low: Lowering, e: Equation) -> None:
     ends = low.emit("Add", [first, low.dims.vector([sizes[axis] for axis in order])])
     name = low.emit("Slice", [x.name, first, ends, low.ints(range(len(order)))])
     low.put(e.outputs[0], name, order=order, grid=x.grid)
-
-

@@ -60,6 +60,7 @@ class Lowering:
       uses: how often each is read.
       biased: value -> bias [channels] -> (the same plus a bias along one axis), where that is one
         operation; with the axis.
+      clamped: value -> (value, low, high) that it is clamped from.
       sums: value that is a sum -> how many numbers are in it, and what emits their mean.
     """
 
@@ -75,6 +76,7 @@ class Lowering:
         self.graph, self.dims, self.avals, self.uses = graph, dims, avals, uses
         self.settings = settings
         self.biased: dict[int, tuple[int, Callable[[np.ndarray], Tensor | None]]] = {}
+        self.clamped: dict[int, tuple[Any, ...]] = {}
         self.sums: dict[int, tuple[int, Callable[[], Tensor]]] = {}
         self._known = known
         self._tensors: dict[int, Tensor] = {}

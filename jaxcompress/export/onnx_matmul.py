@@ -109,7 +109,8 @@ def _in_integers(low: Lowering, x: Tensor, matrix: Codes) -> str:
     codes = low.graph.constant(matrix.codes)
     zeros = low.graph.constant(np.zeros((), np.int8))
     sums = low.emit("MatMulInteger", [quantized, codes, zero, zeros])
-    steps = low.graph.constant(matrix.scale.reshape(-1) if matrix.scale.size > 1 else matrix.scale.reshape(()))
+    shape = (-1,) if matrix.scale.size > 1 else ()
+    steps = low.graph.constant(matrix.scale.reshape(shape))
     factor = low.emit("Mul", [scale, steps])
     return low.emit("Mul", [low.emit("Cast", [sums], to=1), factor])
 
@@ -136,8 +137,10 @@ def _in_blocks(low: Lowering, x: Tensor, matrix: Codes, size: int) -> str:
         np.broadcast_to(expanded(a, (blocks, width)), (blocks, width)).T
         for a in (matrix.scale, matrix.zero)
     )
-    rows = nibbles(codes.T.reshape(width, blocks, size)) if bits == 4 else codes.T.reshape(
-        width, blocks, size
+    rows = (
+        nibbles(codes.T.reshape(width, blocks, size))
+        if bits == 4
+        else codes.T.reshape(width, blocks, size)
     )
     inputs = [x.name, low.graph.constant(rows), low.graph.constant(np.ascontiguousarray(scale))]
     if not matrix.symmetric:

@@ -18,31 +18,54 @@ def _mark(low: Lowering, e: Equation) -> None:
     _, attributes = compat.composite(e.eqn)
     x_number = e.operands[-1]  # before it what the mark closes over
     scale = np.asarray(attributes["scale"], np.float32)
-    order = low.live(x_number).order
     if scale.size == 0:
-        return _while_it_runs(low, e, order)
+        return _while_it_runs(low, e)
     if scale.size > 1:
         raise low.refuse(e, "activations must have one scale")
     if attributes["dtype"] != "i8":
         raise low.refuse(e, "activations are stored in 8 bits")
-    signed_zero = int(np.asarray(attributes["zero_point"]).reshape(()))
-    unsigned = low.settings.activations == "uint8"
-    offset = 128 if unsigned else 0
-    grid = LiveGrid(scale.reshape(())[()], signed_zero + offset, low.settings.activations)
-    found = low.live(x_number)
-    if found.grid == grid:  # a view of what lies on this grid
+    dtype = low.settings.activations
+    offset = 128 if dtype == "uint8" else 0
+    zero = int(np.asarray(attributes["zero_point"]).reshape(())) + offset
+    grid = LiveGrid(np.float32(scale.item()), zero, dtype)
+    if low.live(x_number).grid == grid:  # a view of what lies on this grid
         return low.alias(e.outputs[0], x_number)
+    x_number, low_code, high_code = _unclamped(low, x_number, grid)
+    low_code = max(low_code, -128 + offset + attributes["narrow_range"])
+    order = low.live(x_number).order
     x = low.tensor(x_number, order=order, loose=True)
     name = low.emit("QuantizeLinear", [x.name, *low.grid_constants(grid)])
-    if attributes["narrow_range"]:
-        # After the rounding: a clip before it would keep the product from being one of integers.
-        lowest = low.graph.constant(np.asarray(-127 + offset, grid.dtype))
-        name = low.emit("Clip", [name, lowest])
+    name = _clipped(low, name, low_code, high_code, dtype)
     low.put(e.outputs[0], name, order=order, shape=x.shape, grid=grid)
 
 
-def _while_it_runs(low: Lowering, e: Equation, order: tuple[int, ...]) -> None:
+def _unclamped(low: Lowering, number: int, grid: LiveGrid) -> tuple[int, int, int]:
+    # What a value was before it was clamped, and the codes of the bounds. Rounding keeps order, so
+    # that codes may be clamped instead: then nothing stands between a product and its grid.
+    bounds = (-np.inf, np.inf)
+    while number in low.clamped and low.uses[number] == 1:
+        if low.known(low.clamped[number][0]) is not None:
+            break
+        number, *inner = low.clamped[number]
+        low_end, high_end = bounds
+        bounds = tuple(min(max(end, low_end), high_end) for end in inner)
+    ends = np.iinfo(grid.dtype)
+    codes = np.rint(np.asarray(bounds, np.float32) / grid.scale) + grid.zero
+    first, last = (int(code) for code in np.clip(codes, ends.min, ends.max))
+    return number, first, last
+
+
+def _clipped(low: Lowering, name: str, first: int, last: int, dtype: str) -> str:
+    ends = np.iinfo(dtype)
+    if first <= ends.min and last >= ends.max:
+        return name
+    bounds = [low.graph.constant(np.asarray(code, dtype)) for code in (first, last)]
+    return low.emit("Clip", [name, *bounds])
+
+
+def _while_it_runs(low: Lowering, e: Equation) -> None:
     x_number = e.operands[-1]
+    order = low.live(x_number).order
     x = low.tensor(x_number, order=order, loose=True)
     quantized = low.emit("DynamicQuantizeLinear", [x.name], outputs=3)
     name = low.emit("DequantizeLinear", list(quantized))
@@ -73,9 +96,7 @@ def dequantized(low: Lowering, codes: Codes, *, wide: bool = False) -> str | Non
         axis = blocked[0]
         low.graph.opset = max(low.graph.opset, _BLOCKED_OPSET)
         attributes = {"axis": axis, "block_size": codes.shape[axis] // codes.blocks(axis)}
-        full = tuple(
-            codes.blocks(a) if a == axis else n for a, n in enumerate(codes.shape)
-        )
+        full = tuple(codes.blocks(a) if a == axis else n for a, n in enumerate(codes.shape))
         scale, zero = (np.broadcast_to(expanded(a, full), full) for a in (scale, zero))
     elif split:
         attributes = {"axis": split[0]}
@@ -94,9 +115,7 @@ def channel_weight(low: Lowering, codes: Codes, axis: int) -> str:
     return low.graph.constant(codes.array()) if name is None else name
 
 
-def bias_constant(
-    low: Lowering, bias: np.ndarray, x_scale: Any, weight: Any, axis: int
-) -> str:
+def bias_constant(low: Lowering, bias: np.ndarray, x_scale: Any, weight: Any, axis: int) -> str:
     """A bias [channels], in steps of S_x S_w where input and weight are integers."""
     plain = np.asarray(bias, np.float32)
     if x_scale is None or not isinstance(weight, Codes) or not weight.symmetric:

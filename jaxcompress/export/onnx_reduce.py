@@ -3,12 +3,14 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.export.onnx_lower import Lowering, Tensor
 from jaxcompress.export.onnx_rules import onnx_kind, rule
 from jaxcompress.export.onnx_shapes import is_static
 from jaxcompress.export.onnx_views import source
+from jaxcompress.graph import compat
 from jaxcompress.graph.equations import Equation
 
 _INT32, _BOOL = 6, 9  # TensorProto.DataType
@@ -79,9 +81,9 @@ def _cumsum(low: Lowering, e: Equation) -> None:
     low.put(e.outputs[0], name, order=x.order)
 
 
-@rule("reduce_window_max", "reduce_window_sum")
+@rule("reduce_window_max", "reduce_window_sum", "reduce_window")
 def _window(low: Lowering, e: Equation) -> None:
-    p = e.eqn.params
+    p, largest = e.eqn.params, _takes_largest(low, e)
     keys = ("window_dimensions", "window_strides", "padding", "window_dilation")
     columns = list(zip(*(p[key] for key in keys), strict=True))
     if any(n != 1 for n in p["base_dilation"]):
@@ -94,10 +96,25 @@ def _window(low: Lowering, e: Equation) -> None:
         raise low.refuse(e, "windows are lowered where two axes have none and at most three do")
     order = _window_order(low, e, idle[:2], rank)
     chosen = [columns[axis] for axis in order[2:]]
-    name, shape = _pooled(low, e, order, chosen)
+    name, shape = _pooled(low, e, order, chosen, largest)
     x_grid = None if low.known(e.operands[0]) is not None else low.live(e.operands[0]).grid
-    grid = x_grid if e.primitive == "reduce_window_max" else None
+    grid = x_grid if largest else None
     low.put(e.outputs[0], name, order=order, shape=shape, grid=grid)
+
+
+def _takes_largest(low: Lowering, e: Equation) -> bool:
+    # Whether the largest of a window is taken, else the sum is.
+    if e.primitive != "reduce_window":
+        return e.primitive == "reduce_window_max"
+    steps = [eqn.primitive.name for eqn in compat.body(e.eqn.params["jaxpr"]).jaxpr.eqns]
+    start = low.array(e.operands[1]) if len(e.operands) == 2 else None
+    dtype = low.avals[e.operands[0]].dtype
+    if start is not None and steps in (["max"], ["add"]):
+        is_float = jnp.issubdtype(dtype, jnp.floating)
+        least = -np.inf if is_float else np.iinfo(dtype).min
+        if float(start) == (least if steps == ["max"] else 0):
+            return steps == ["max"]
+    raise low.refuse(e, "only the largest number or the sum of a window is lowered")
 
 
 def _window_order(low: Lowering, e: Equation, lead: list[int], rank: int) -> tuple[int, ...]:
@@ -109,8 +126,10 @@ def _window_order(low: Lowering, e: Equation, lead: list[int], rank: int) -> tup
     return (*lead, *(axis for axis in range(rank) if axis not in lead))
 
 
-def _pooled(low: Lowering, e: Equation, order: tuple[int, ...], columns: list[Any]):
-    x = low.tensor(e.operands[0], order=order, codes=e.primitive == "reduce_window_max")
+def _pooled(
+    low: Lowering, e: Equation, order: tuple[int, ...], columns: list[Any], largest: bool
+) -> tuple[str, tuple[Any, ...]]:
+    x = low.tensor(e.operands[0], order=order, codes=largest)
     attributes = {
         "kernel_shape": tuple(c[0] for c in columns),
         "strides": tuple(c[1] for c in columns),
@@ -118,11 +137,9 @@ def _pooled(low: Lowering, e: Equation, order: tuple[int, ...], columns: list[An
         "dilations": tuple(c[3] for c in columns) if any(c[3] != 1 for c in columns) else None,
     }
     shape = tuple(low.shape(e.outputs[0])[axis] for axis in order)
-    if e.primitive == "reduce_window_max":
+    if largest:
         return low.emit("MaxPool", [x.name], **attributes), shape
     count = math.prod(attributes["kernel_shape"])
     name = low.emit("AveragePool", [x.name], count_include_pad=1, **attributes)
     factor = low.graph.constant(np.asarray(count, low.avals[e.outputs[0]].dtype))
     return low.emit("Mul", [name, factor]), shape
-
-

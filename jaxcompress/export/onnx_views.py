@@ -142,6 +142,17 @@ def _concatenate(low: Lowering, e: Equation) -> None:
     low.put(e.outputs[0], name, order=order, grid=tensors[0].grid)
 
 
+@rule("stack")
+def _stack(low: Lowering, e: Equation) -> None:
+    axis, inner = e.eqn.params["axis"], low.common_order(e.operands)
+    order = [a + (a >= axis) for a in inner]
+    order.insert(axis, axis)
+    tensors = [low.tensor(n, order=inner) for n in e.operands]
+    shape = (*tensors[0].shape[:axis], 1, *tensors[0].shape[axis:])
+    names = [_with_ones(low, t, shape) for t in tensors]
+    low.put(e.outputs[0], low.emit("Concat", names, axis=axis), order=tuple(order))
+
+
 @rule("pad")
 def _pad(low: Lowering, e: Equation) -> None:
     config, fill = e.eqn.params["padding_config"], low.array(e.operands[1])
@@ -160,7 +171,9 @@ def _pad(low: Lowering, e: Equation) -> None:
     ends = [config[axis][side] for side in (0, 1) for axis in x.order]
     if not is_static(ends):
         raise low.refuse(e, "how much it pads depends on the input's shape")
-    name = low.emit("Pad", [x.name, low.ints(ends), value], mode="constant") if any(ends) else x.name
+    name = (
+        low.emit("Pad", [x.name, low.ints(ends), value], mode="constant") if any(ends) else x.name
+    )
     out = low.shape(e.outputs[0])
     _put(low, e, x, name=name, shape=tuple(out[axis] for axis in x.order))
 

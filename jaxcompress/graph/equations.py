@@ -116,8 +116,7 @@ def _by_jax(equation: Equation, values: list[Any]) -> list[Any]:
 def needed(
     equations: list[Equation], outputs: list[int]
 ) -> tuple[tuple[Equation, ...], Mapping[int, int]]:
-    """The equations that some output needs, and how often each value is read by them or given out.
-    """
+    """The equations that some output needs, and how often each value is read or given out."""
     uses: dict[int, int] = {}
     for number in outputs:
         uses[number] = uses.get(number, 0) + 1
@@ -131,8 +130,7 @@ def needed(
 
 
 def unrolled(eqn: Any) -> Any:
-    """The closed jaxpr of a `scan` with its trips one after the other; same operands and results.
-    """
+    """The closed jaxpr of a `scan`, its trips one after the other; same operands and results."""
     params = eqn.params
     n_consts, n_carry = compat.scan_sizes(params)
     body, length = params["jaxpr"], params["length"]
