@@ -91,8 +91,18 @@ def onnx(
       TypeError: no inputs, or params of another kind.
 
     Opset 19; 21 where blocks or 4-bit codes need DequantizeLinear. `MatMulNBits` and
-    `GatherBlockQuantized` are ONNX Runtime's own (com.microsoft). 16-bit products of uint8 with
-    int8 saturate in ONNX Runtime on x86 without VNNI.
+    `GatherBlockQuantized` are ONNX Runtime's own operators (com.microsoft). ONNX Runtime rounds an
+    accumulator once, in float32, where `IntegerProgram.run` rounds twice in integers: single codes
+    differ by one step. On x86 without VNNI its products of uint8 and int8 saturate. By itself it
+    may compute "float" products of int8 weights in 8 bits too (its session option
+    `session.qdq_matmulnbits_accuracy_level`).
+
+    >>> import tempfile
+    >>> params, x = {"w": jax.numpy.ones((4, 2))}, jax.numpy.ones((3, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = onnx(lambda p, x: jax.nn.relu(x @ p["w"]), params, x, path=f"{folder}/a.onnx")
+    >>> report.opset, dict(report.nodes), report.inputs[0].shape
+    (19, {'Identity': 1, 'MatMul': 1, 'Relu': 1}, ('batch', 4))
     """
     require_onnx()
     _check(products, activations)

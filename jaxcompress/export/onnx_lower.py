@@ -174,7 +174,8 @@ class Lowering:
             array = compressed(array) if loose else array
             return Tensor(self.graph.constant(array), order, array.shape)
         found = self.live(number)
-        found = self.ordered(found if codes else self.floats(found), order)
+        found = self.ordered(found, order)  # codes are moved, where there are
+        found = found if codes else self.floats(found)
         return found if loose else self._full(found, number)
 
     def _full(self, tensor: Tensor, number: int) -> Tensor:

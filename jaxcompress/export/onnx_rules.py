@@ -31,7 +31,7 @@ _ONE = {
     "cosh": "Cosh", "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh",
 }  # fmt: skip
 _TWO = {
-    "sub": "Sub", "mul": "Mul", "pow": "Pow", "eq": "Equal", "lt": "Less",
+    "mul": "Mul", "pow": "Pow", "eq": "Equal", "lt": "Less",
     "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual",
 }  # fmt: skip
 
@@ -61,17 +61,32 @@ RULES.update({primitive: _plain(op) for primitive, op in (_ONE | _TWO).items()})
 @rule("add", "add_any")
 def _add(low: Lowering, e: Equation) -> None:
     for x, other in (e.operands, e.operands[::-1]):
-        array = low.array(other)
-        if array is not None and x in low.biased and low.uses[x] == 1:
-            axis, with_bias = low.biased[x]
-            bias = compressed(array)
-            along = [n for a, n in enumerate(bias.shape) if a != axis]
-            if bias.ndim == 0 or all(n == 1 for n in along):
-                channels = low.shape(x)[axis]
-                found = with_bias(np.broadcast_to(bias.reshape(-1), (channels,)))
-                if found is not None:
-                    return low.put(e.outputs[0], found.name, order=found.order, shape=found.shape)
+        if (array := low.array(other)) is not None and _joins_as_bias(low, e, x, array):
+            return
     together(low, e, lambda names: low.emit("Add", names))
+
+
+@rule("sub")
+def _sub(low: Lowering, e: Equation) -> None:
+    array = low.array(e.operands[1])
+    if array is None or not _joins_as_bias(low, e, e.operands[0], -array):
+        together(low, e, lambda names: low.emit("Sub", names))
+
+
+def _joins_as_bias(low: Lowering, e: Equation, x: int, array: np.ndarray) -> bool:
+    # Whether the sum of x and a constant is an operator that has a bias.
+    if x not in low.biased or low.uses[x] != 1:
+        return False
+    axis, with_bias = low.biased[x]
+    bias = compressed(array)
+    if any(n != 1 for a, n in enumerate(bias.shape) if a != axis):
+        return False
+    first = np.broadcast_to(bias.reshape(-1), (low.shape(x)[axis],))
+    found = with_bias(first)
+    if found is not None:
+        low.put(e.outputs[0], found.name, order=found.order, shape=found.shape)
+        low.biased[e.outputs[0]] = axis, lambda more: with_bias(first + more)
+    return found is not None
 
 
 @rule("max", "min")
