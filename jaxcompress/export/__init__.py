@@ -1,8 +1,12 @@
-"""Shipping: packed checkpoints, and large ones quantized tensor by tensor."""
+"""Shipping: packed checkpoints, files for other runtimes, and what those cost."""
 
+from jaxcompress.export.benchmark import Measured, benchmark
 from jaxcompress.export.checkpoint import Checkpoint, file_size, load, save
 from jaxcompress.export.container import FileSize
 from jaxcompress.export.litert import LiteRT, litert
+from jaxcompress.export.marks import mark_activations, mark_weights
+from jaxcompress.export.onnx_file import OnnxReport, onnx
+from jaxcompress.export.sessions import Session, session
 from jaxcompress.export.stablehlo import StableHLO, load_stablehlo, stablehlo
 from jaxcompress.export.stream import Progress, StreamReport, quantize_file
 from jaxcompress.export.stream_read import Leaf, inspect
@@ -12,15 +16,23 @@ __all__ = [
     "FileSize",
     "Leaf",
     "LiteRT",
+    "Measured",
+    "OnnxReport",
     "Progress",
+    "Session",
     "StableHLO",
     "StreamReport",
+    "benchmark",
     "file_size",
     "inspect",
     "litert",
     "load",
     "load_stablehlo",
+    "mark_activations",
+    "mark_weights",
+    "onnx",
     "quantize_file",
     "save",
+    "session",
     "stablehlo",
 ]

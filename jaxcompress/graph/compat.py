@@ -223,3 +223,16 @@ def composite(eqn: Any) -> tuple[str, dict[str, Any]]:
         # An array is wrapped, so that it can be hashed.
         attributes[name] = jax.tree.unflatten(treedef, [getattr(x, "val", x) for x in leaves])
     return eqn.params["name"], attributes
+
+
+def as_function(closed: Any) -> Any:
+    """A closed jaxpr as a function of its arguments that returns a list."""
+    return jec.jaxpr_as_fun(closed)
+
+
+def dimension(size: Any, symbols: Mapping[str, Any]) -> Any:
+    """A symbolic size of `jax.export`, an expression of named dimensions, with their values.
+
+    Values may be anything with `+ - * // %`, also from the right.
+    """
+    return size._evaluate(dict(symbols))

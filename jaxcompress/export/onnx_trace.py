@@ -1,0 +1,142 @@
+"""The trace of a network with packed weights, and what is known of it before it runs."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.core.packed import is_packed, unpack
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.export.marks import FAKE_QUANT
+from jaxcompress.export.onnx_codes import Codes, of_leaf, of_mark
+from jaxcompress.export.onnx_shapes import is_static
+from jaxcompress.graph import compat
+from jaxcompress.graph.equations import Equation, Flattener, needed, unrolled
+
+LONGEST_SCAN = 64
+"""Trips of the longest loop that is unrolled."""
+
+
+class Trace(NamedTuple):
+    """A network as equations, with its ports."""
+
+    flattener: Flattener
+    equations: tuple[Equation, ...]
+    inputs: list[tuple[str, int, Any]]  # name, value, aval
+    outputs: list[tuple[str, int]]
+    uses: Mapping[int, int]
+
+
+def trace(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    inputs: tuple[Any, ...],
+    shapes: Any,
+    constraints: Sequence[str],
+) -> Trace:
+    """Traces `apply_fn(params, *inputs)`; what depends on no input is computed.
+
+    Codes of packed leaves stay codes through views.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    plain = jax.eval_shape(unpack, params)
+    specs = _specs(inputs, shapes, constraints)
+    closed, out = _traced(apply_fn, plain, specs, shapes)
+    closed = compat.without_dead_code(closed)
+    flattener = Flattener(_expand)
+    arguments = [flattener.value(v.aval) for v in closed.jaxpr.invars]
+    flattener.known.update(zip(arguments, map(of_leaf, leaves), strict=False))
+    results = flattener.run(compat.body(closed), arguments, "")
+    live = flattener.split(_evaluate)
+    equations, uses = needed(live, results)
+    rest = arguments[len(leaves) :]
+    names = _input_names(apply_fn, inputs)
+    ins = [(n, k, flattener.avals[k]) for n, k in zip(names, rest, strict=True)]
+    outs = [path.replace("/", ".") or "output" for path, _ in leaves_with_paths(out)]
+    return Trace(flattener, equations, ins, list(zip(outs, results, strict=True)), uses)
+
+
+def _specs(inputs: tuple[Any, ...], shapes: Any, constraints: Sequence[str]) -> tuple[Any, ...]:
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), inputs)
+    if shapes is None:
+        return arrays
+    if isinstance(shapes, str):
+        shapes = jax.tree.map(lambda x: shapes if x.shape else "...", arrays)
+    return jax.export.symbolic_args_specs(arrays, shapes, constraints=constraints)
+
+
+def _traced(apply_fn, plain, specs, shapes):
+    try:
+        return jax.make_jaxpr(apply_fn, return_shape=True)(plain, *specs)
+    except Exception as error:
+        if shapes is None or is_static([n for s in jax.tree.leaves(specs) for n in s.shape]):
+            raise
+        raise ValueError(
+            f"export.onnx: the network cannot be traced for the free sizes {shapes!r}: {error}\n"
+            "Give shapes=None for a file of the inputs' own shapes, or constraints on the sizes."
+        ) from error
+
+
+def _expand(eqn: Any) -> Any:
+    name = eqn.primitive.name
+    if name == "composite" and compat.composite(eqn)[0] != FAKE_QUANT:
+        return eqn.params["jaxpr"]
+    if name == "scan" and eqn.params["length"] <= LONGEST_SCAN:
+        return unrolled(eqn)
+    return None
+
+
+def _evaluate(e: Equation, values: list[Any]) -> list[Any] | None:
+    sizes = [n for v in e.eqn.outvars for n in getattr(v.aval, "shape", ())]
+    if e.primitive == "dim_as_value" or not is_static(sizes):
+        return None
+    if e.primitive == "composite" and np.size(compat.composite(e.eqn)[1]["scale"]):
+        # The last operand: what the mark closes over comes first.
+        x = values[-1].array() if isinstance(values[-1], Codes) else np.asarray(values[-1])
+        return [of_mark(x, compat.composite(e.eqn)[1])]
+    if isinstance(values[0] if values else None, Codes):
+        followed = _followed(e, values)
+        if followed is not None:
+            return [followed]
+    arrays = [v.array() if isinstance(v, Codes) else v for v in values]
+    return compat.evaluate(e.eqn, [jnp.asarray(a) for a in arrays])
+
+
+def _followed(e: Equation, values: list[Any]) -> Codes | None:
+    codes, p = values[0], e.eqn.params
+    shape = tuple(e.eqn.outvars[0].aval.shape)
+    if e.primitive in ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint"):
+        return codes
+    if e.primitive == "convert_element_type":
+        return codes if p["new_dtype"] == np.float32 else None
+    if e.primitive == "transpose":
+        return codes.transposed(tuple(p["permutation"]))
+    permuted = e.primitive == "reshape" and p.get("dimensions") is not None
+    if e.primitive in ("reshape", "squeeze", "expand_dims") and not permuted:
+        return codes.reshaped(shape)
+    if e.primitive == "rev":
+        return codes.flipped(tuple(p["dimensions"]))
+    if e.primitive == "slice":
+        steps = p["strides"] or (1,) * len(shape)
+        bounds = zip(p["start_indices"], p["limit_indices"], steps, strict=True)
+        return codes.sliced(tuple(slice(*bound) for bound in bounds))
+    return None
+
+
+def _input_names(apply_fn: Any, inputs: tuple[Any, ...]) -> list[str]:
+    given = [f"input_{k}" for k in range(len(inputs))]
+    try:
+        taken = list(inspect.signature(apply_fn).parameters.values())[1:]
+        plain = [p.name for p in taken if p.kind == p.POSITIONAL_OR_KEYWORD]
+        given[: len(plain)] = plain[: len(inputs)]
+    except (TypeError, ValueError):
+        pass
+    names = [
+        ".".join(filter(None, (name, path.replace("/", "."))))
+        for name, tree in zip(given, inputs, strict=True)
+        for path, _ in leaves_with_paths(tree)
+    ]
+    return [f"{n}_{k}" if names.count(n) > 1 else n for k, n in enumerate(names)]

@@ -1,0 +1,150 @@
+"""A traced function as one flat list of equations: calls inlined, what is known in advance apart.
+
+Unlike `inline`, which counts, this is for those who compute: the values of parameters flow through
+the equations that depend on nothing else.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.graph import compat
+
+
+class Equation(NamedTuple):
+    """One operation; what it reads are numbers of values."""
+
+    eqn: Any
+    operands: tuple[int, ...]
+    outputs: tuple[int, ...]
+    scope: str
+
+    @property
+    def primitive(self) -> str:
+        """Name of the primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def where(self) -> str:
+        """For messages: the primitive and where it stands."""
+        return f"{self.primitive} at {self.scope!r}" if self.scope else self.primitive
+
+
+class Flattener:
+    """Numbers values and collects equations, calls inlined.
+
+    Args:
+      expand: equation -> a closed jaxpr that computes the same and is entered instead, or None:
+        what to do besides the calls that are always entered (jit, remat, custom derivatives).
+
+    Attributes:
+      equations: in order.
+      avals: shape and dtype of every value by number.
+      known: values by number; at first those of literals and constants, give those of parameters.
+    """
+
+    def __init__(self, expand: Callable[[Any], Any] = lambda eqn: None):
+        self.equations: list[Equation] = []
+        self.avals: dict[int, Any] = {}
+        self.known: dict[int, Any] = {}
+        self._expand = expand
+
+    def value(self, aval: Any) -> int:
+        """The number of a new value."""
+        self.avals[len(self.avals)] = aval
+        return len(self.avals) - 1
+
+    def _constant(self, aval: Any, value: Any) -> int:
+        number = self.value(aval)
+        self.known[number] = jnp.asarray(value, aval.dtype)
+        return number
+
+    def run(self, body: compat.Body, arguments: list[int], scope: str) -> list[int]:
+        """Collects the equations of a body; the numbers of its results."""
+        names = dict(zip(body.jaxpr.invars, arguments, strict=True))
+        for v, value in zip(body.jaxpr.constvars, body.consts, strict=True):
+            names[v] = self._constant(v.aval, value)
+
+        def read(v):
+            return self._constant(v.aval, v.val) if compat.is_literal(v) else names[v]
+
+        for eqn in body.jaxpr.eqns:
+            operands = [read(v) for v in eqn.invars]
+            here = "/".join(part for part in (scope, compat.scope(eqn)) if part)
+            inner = self._entered(eqn)
+            if inner is not None:
+                results = self.run(inner, operands, here)
+            else:
+                results = [self.value(v.aval) for v in eqn.outvars]
+                self.equations.append(Equation(eqn, tuple(operands), tuple(results), here))
+            names.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in body.jaxpr.outvars]
+
+    def _entered(self, eqn: Any) -> compat.Body | None:
+        calls = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
+        if eqn.primitive.name in calls:
+            return compat.call_body(eqn)
+        expanded = self._expand(eqn)
+        return None if expanded is None else compat.body(expanded)
+
+    def split(self, evaluate: Callable[[Equation, list[Any]], Any] | None = None) -> list[Equation]:
+        """Evaluates what depends on known values only, into `known`; gives back the rest.
+
+        Args:
+          evaluate: (equation, values) -> results, or None where it must stay an operation;
+            default: all of them by JAX.
+        """
+        known, live = self.known, []
+        for equation in self.equations:
+            results = None
+            if all(number in known for number in equation.operands):
+                values = [known[number] for number in equation.operands]
+                results = (evaluate or _by_jax)(equation, values)
+            if results is None:
+                live.append(equation)
+            else:
+                known.update(zip(equation.outputs, results, strict=True))
+        return live
+
+
+def _by_jax(equation: Equation, values: list[Any]) -> list[Any]:
+    return compat.evaluate(equation.eqn, values)
+
+
+def needed(
+    equations: list[Equation], outputs: list[int]
+) -> tuple[tuple[Equation, ...], Mapping[int, int]]:
+    """The equations that some output needs, and how often each value is read or given out."""
+    uses: dict[int, int] = {}
+    for number in outputs:
+        uses[number] = uses.get(number, 0) + 1
+    kept = []
+    for equation in reversed(equations):
+        if any(number in uses for number in equation.outputs):
+            kept.append(equation)
+            for number in equation.operands:
+                uses[number] = uses.get(number, 0) + 1
+    return tuple(reversed(kept)), uses
+
+
+def unrolled(eqn: Any) -> Any:
+    """The closed jaxpr of a `scan`, its trips one after the other; same operands and results."""
+    params = eqn.params
+    n_consts, n_carry = compat.scan_sizes(params)
+    body, length = params["jaxpr"], params["length"]
+    step = compat.as_function(body)
+
+    def run(*operands):
+        consts, carry = operands[:n_consts], list(operands[n_consts : n_consts + n_carry])
+        rows, trips = operands[n_consts + n_carry :], range(length)
+        stacked: list[Any] = [None] * length
+        for k in reversed(trips) if params["reverse"] else trips:
+            row = [jax.lax.squeeze(jax.lax.slice_in_dim(r, k, k + 1), (0,)) for r in rows]
+            results = step(*consts, *carry, *row)
+            carry, stacked[k] = list(results[:n_carry]), results[n_carry:]
+        ys = [jnp.stack(parts) for parts in zip(*stacked, strict=True)]
+        return [*carry, *ys]
+
+    return jax.make_jaxpr(run)(*[v.aval for v in eqn.invars])
