@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxcompress import cli_models, cost, formats
@@ -55,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_quantize(commands)
-    look = commands.add_parser("inspect", help="list the leaves of a packed or plain file")
-    look.add_argument("file", help="*.safetensors")
+    look = commands.add_parser("inspect", help="what lies in a packed, plain or exported file")
+    look.add_argument("file", help="*.safetensors, *.onnx, *.tflite, *.stablehlo")
     look.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     look.set_defaults(run=_inspect)
     cli_models.add_commands(commands)
@@ -210,6 +211,15 @@ def _lines() -> Callable[[Progress], None]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if Path(args.file).suffix in (".onnx", ".tflite", ".stablehlo"):
+        found = cli_models.describe(Path(args.file))
+        if args.json:
+            print(json.dumps(found))
+            return
+        for name, value in found.items():
+            rows = value.items() if isinstance(value, dict) else [(value, "")]
+            print("\n".join(f"{name:12} {key!s:32} {count}".rstrip() for key, count in rows))
+        return
     leaves = inspect(args.file)
     if args.json:
         rows = [{**leaf._asdict(), "bits_per_weight": leaf.bits_per_weight} for leaf in leaves]

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,37 @@ def _program(fn: Callable[..., Any], packed: Checkpoint, file: str) -> Any:
     return integer_only(fn, packed.params, [jnp.asarray(x[:size])] + [
         jnp.asarray(x[k : k + size]) for k in range(size, len(x) - size + 1, size)
     ])  # fmt: skip
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What lies in a `.onnx`, `.tflite` or `.stablehlo` file, for `inspect`.
+
+    Raises:
+      ValueError: another kind of file.
+    """
+    from jaxcompress.export.sessions import session
+
+    found: dict[str, Any] = {"file_bytes": path.stat().st_size}
+    if path.suffix == ".onnx":
+        from jaxcompress.export.onnx_graph import require_onnx
+
+        model = require_onnx().load(path)
+        found["operators"] = Counter(node.op_type for node in model.graph.node)
+        found["opset"] = model.opset_import[0].version
+    elif path.suffix == ".tflite":
+        from jaxcompress.export.litert_file import contents
+
+        inside = contents(path.read_bytes())
+        found["integer"] = inside.integer
+        found["operators"] = {
+            f"{o.name} {o.inputs[0] if o.inputs else ''}": o.count for o in inside.operators
+        }
+    elif path.suffix != ".stablehlo":
+        raise ValueError(f"{path}: inspect reads *.safetensors, *.onnx, *.tflite, *.stablehlo")
+    loaded = session(path)
+    ports = zip(loaded.dtypes, loaded.shapes, strict=True)
+    found["inputs"] = [f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in ports]
+    return found
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -75,7 +75,9 @@ def _onnx(path: Path, threads: int) -> Session:
         "onnxruntime",
         tuple(tuple(n if isinstance(n, int) else None for n in port.shape) for port in ports),
         tuple(_onnx_dtype(port.type) for port in ports),
-        lambda *inputs: tuple(found.run(None, dict(zip(names, inputs, strict=True)))),
+        lambda *inputs: tuple(
+            np.asarray(y) for y in found.run(None, dict(zip(names, inputs, strict=True)))
+        ),
     )
 
 
@@ -107,7 +109,7 @@ def _litert(path: Path, threads: int) -> Session:
         for port, x in zip(takes, inputs, strict=True):
             found.set_tensor(port["index"], np.asarray(x))
         found.invoke()
-        return tuple(found.get_tensor(port["index"]) for port in gives)
+        return tuple(np.asarray(found.get_tensor(port["index"])) for port in gives)
 
     shapes = tuple(tuple(int(n) for n in port["shape"]) for port in takes)
     return Session(path, "litert", shapes, tuple(np.dtype(port["dtype"]) for port in takes), run)
