@@ -2,6 +2,7 @@
 
 from jaxcompress.export.checkpoint import Checkpoint, file_size, load, save
 from jaxcompress.export.container import FileSize
+from jaxcompress.export.entropy import entropy_bytes
 from jaxcompress.export.stream import Progress, StreamReport, quantize_file
 from jaxcompress.export.stream_read import Leaf, inspect
 
@@ -11,6 +12,7 @@ __all__ = [
     "Leaf",
     "Progress",
     "StreamReport",
+    "entropy_bytes",
     "file_size",
     "inspect",
     "load",
