@@ -263,7 +263,7 @@ def _bomb(raw: bytes, rng: Rng) -> bytes:
 
 
 def _pack(raw: bytes, rng: Rng) -> bytes:
-    return zstd.compress(raw, f"zstd:{int(rng.integers(1, 4))}")
+    return zstd.compress([raw], f"zstd:{int(rng.integers(1, 4))}")
 
 
 def mutated(raw: bytes, index: int, seed: int) -> Mutant:

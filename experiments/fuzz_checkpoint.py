@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments._mutate import mutated, split
+from experiments._mutate import mutated
 from experiments._report import Options, Report, run
 from jaxcompress.core.packed import mask_leaf
 
@@ -126,7 +126,7 @@ class Reader:
         jc.export.save(self.path, params, activations=grids, metadata=metadata)
         self.raw = self.path.read_bytes()
         self.first = jc.export.load(self.path)
-        assert equal(self.first, (params, grids, metadata)) or self.first.params is not None
+        assert equal(tuple(self.first), (params, grids, metadata))
         jc.export.save(self.path, params, compress="zstd")  # what reads it is imported by now
         jc.export.load(self.path), jc.export.inspect(self.path), jc.unpack(self.first.params)
 
@@ -135,30 +135,29 @@ class Reader:
         variant = mutated(self.raw, index, self.seed)
         self.path.write_bytes(variant.data)
         before, begin_s = _forget_peak(), time.perf_counter()
+        found, why = None, ""
         try:
-            what, why = self._judged(variant.sealed)
-        except Exception as error:  # a crash is what this looks for
-            what, why = "crashed", f"{type(error).__name__}: {error}"
-        seconds = time.perf_counter() - begin_s
-        return Outcome(variant.kind, what, why[:300], max(_peak() - before, 0), seconds)
-
-    def _judged(self, sealed: bool) -> tuple[str, str]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with contextlib.suppress(ValueError):
-                jc.export.inspect(self.path)
-            try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with contextlib.suppress(ValueError):
+                    jc.export.inspect(self.path)
                 found = jc.export.load(self.path, max_bytes=MAX_BYTES)
-            except ValueError as error:
-                named = str(self.path) in str(error)
-                return ("refused" if named else "crashed"), str(error)
-            if equal(found, self.first):
-                return "loaded_equal", ""
-            if not sealed:
-                return "wrong", "loads as something else"
-            return self._consistent(found)
+            what = "loaded"
+        except ValueError as error:
+            what = "refused" if str(self.path) in str(error) else "crashed"
+            why = str(error)
+        except Exception as error:  # this is what it looks for
+            what, why = "crashed", f"{type(error).__name__}: {error}"
+        figures = max(_peak() - before, 0), time.perf_counter() - begin_s
+        if found is not None:
+            what, why = self._judged(found, variant.sealed)
+        return Outcome(variant.kind, what, why[:300], *figures)
 
-    def _consistent(self, found: Any) -> tuple[str, str]:
+    def _judged(self, found: Any, sealed: bool) -> tuple[str, str]:
+        if equal(found, self.first):
+            return "loaded_equal", ""
+        if not sealed:
+            return "wrong", "loads as something else"
         if jax.tree.structure(found.params) == jax.tree.structure(self.first.params):
             jax.block_until_ready(jc.unpack(found.params))  # compiled already
         size = jc.export.save(self.path, found[0], activations=found[1], metadata=found[2])

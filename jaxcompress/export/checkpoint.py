@@ -117,11 +117,11 @@ def _encode(params, activations, metadata, codec) -> tuple[bytes, container.File
             raise TypeError(f"metadata must be strings, got {key!r}: {value!r}")
         if key in TAKEN or key.startswith("leaf:"):
             raise ValueError(f"metadata key {key!r} is taken by the file format")
-    content, size = container.encode(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
+    pieces, size = container.encode_parts(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
     assert size.payload_bytes == packed_bytes((params, dict(activations)))
     if codec is None:
-        return content, size
-    content = zstd.compress(content, codec)
+        return b"".join(pieces), size
+    content = zstd.compress(pieces, codec)
     return content, size._replace(file_bytes=len(content))
 
 

@@ -78,10 +78,22 @@ def encode(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> tuple[byt
     Raises:
       TypeError: an array's dtype has no name in the format.
     """
+    parts, size = encode_parts(arrays, metadata)
+    return b"".join(parts), size
+
+
+def encode_parts(
+    arrays: dict[str, np.ndarray], metadata: dict[str, str]
+) -> tuple[list[bytes], FileSize]:
+    """What `encode` gives, in parts: the header, then each array."""
     header, entries = layout(arrays, metadata)
-    data = b"".join(np.ascontiguousarray(arrays[name]).tobytes() for name in entries)
-    head = seal(header, zlib.crc32(data, open_checksum(header)))
-    return head + data, FileSize(len(head) + len(data), len(head), len(data))
+    data = [np.ascontiguousarray(arrays[name]).tobytes() for name in entries]
+    checksum = open_checksum(header)
+    for part in data:
+        checksum = zlib.crc32(part, checksum)
+    parts = [seal(header, checksum), *data]
+    total = sum(map(len, parts))
+    return parts, FileSize(total, len(parts[0]), total - len(parts[0]))
 
 
 def layout(

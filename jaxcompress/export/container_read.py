@@ -15,7 +15,7 @@ from jaxcompress.export.container import DTYPES, Entry, Header, nbytes_of, open_
 
 MAX_BYTES = 2**30  # of a compressed file when it is decompressed
 _MAX_HEADER = 100_000_000  # the limit of the format's own reader
-_PIECE_BYTES = 2**24  # of what is read at a time
+_PIECE_BYTES = 2**20  # of what is read at a time
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -77,13 +77,13 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int, int]]:
 
 
 def _exactly(path: Path, file: BinaryIO, count: int) -> memoryview:
-    # Piece by piece: a size that is not true allocates nothing.
-    data = bytearray()
-    while piece := file.read(min(_PIECE_BYTES, count + 1 - len(data))):
-        data += piece
-    if len(data) != count:
+    # Memory that is not written takes no room: a size that is not true costs nothing.
+    data, end = memoryview(bytearray(count)), 0
+    while part := file.readinto(data[end : end + _PIECE_BYTES]):  # type: ignore[attr-defined]
+        end += part
+    if end != count or file.read(1):
         raise ValueError(f"{path}: truncated or damaged: its data should have {count} bytes")
-    return memoryview(data).toreadonly()
+    return data.toreadonly()
 
 
 def _array(path: Path, name: str, entry: Entry, data: memoryview) -> np.ndarray:
