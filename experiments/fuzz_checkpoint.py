@@ -68,6 +68,7 @@ class Args(Options):
 class Outcome(NamedTuple):
     """What became of one variant."""
 
+    index: int
     kind: str
     what: str
     why: str
@@ -151,7 +152,7 @@ class Reader:
         figures = max(_peak() - before, 0), time.perf_counter() - begin_s
         if found is not None:
             what, why = self._judged(found, variant.sealed)
-        return Outcome(variant.kind, what, why[:300], *figures)
+        return Outcome(index, variant.kind, what, why[:300], *figures)
 
     def _judged(self, found: Any, sealed: bool) -> tuple[str, str]:
         if equal(found, self.first):
@@ -202,7 +203,7 @@ def batch(folder: str, seed: int, indices: range, limited: bool) -> list[Outcome
 
 def outcomes(args: Args, report: Report) -> list[Outcome]:
     """All variants."""
-    count = 400 if args.short else args.mutations
+    count = 300 if args.short else args.mutations
     workers = 0 if args.short else args.workers
     parts = [range(a, min(a + BATCH, count)) for a in range(0, count, BATCH)]
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +220,10 @@ def outcomes(args: Args, report: Report) -> list[Outcome]:
 def main(args: Args, report: Report) -> dict[str, Any]:
     """Reads all variants and counts what came of them."""
     if args.mutations < 1 or args.workers < 0:
-        raise ValueError(f"--mutations must be positive, got {args.mutations}")
+        raise ValueError(
+            f"--mutations must be positive and --workers not negative, got {args.mutations}, "
+            f"{args.workers}"
+        )
     found = outcomes(args, report)
     counts = collections.Counter(outcome.what for outcome in found)
     kinds = sorted({outcome.kind for outcome in found})

@@ -192,6 +192,15 @@ def test_headers_that_no_writer_makes_are_refused(tmp_path):
             load(tmp_path / "p")
 
 
+def test_a_leaf_needs_a_name(tmp_path):
+    with pytest.raises(ValueError, match="a leaf is named ''"):
+        save(tmp_path / "p", {"": jnp.ones(2), "a": jnp.ones(3)})
+    content, _ = container.encode({"": ONE}, {"jaxcompress": "3"})
+    (tmp_path / "p").write_bytes(content)
+    with pytest.raises(ValueError, match="p: holds a leaf without a name"):
+        load(tmp_path / "p")
+
+
 FORMS = {
     "bitmask": (lambda nnz: Bitmask.like((2, 5)), 2),
     "rows": (lambda nnz: Rows.like((3, 4), nnz), 4),

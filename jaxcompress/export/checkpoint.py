@@ -104,14 +104,16 @@ def _encode(params, activations, metadata, codec) -> tuple[bytes, container.File
         zstd.level_of(codec)
     arrays, schemes = disassemble_grids(activations)
     flat = leaves_with_paths(params, is_leaf=is_packed)
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params, is_leaf=is_packed)):
+        flat = [(_ROOT, leaf) for _, leaf in flat]
     refuse_names([name for name, _ in flat])
     for name, leaf in flat:
-        parts, scheme = disassemble(name or _ROOT, leaf)
+        parts, scheme = disassemble(name, leaf)
         if clash := set(parts) & set(arrays):
             raise ValueError(f"two leaves are named {sorted(clash)[0]!r}")
         arrays |= parts
         if scheme:
-            schemes["leaf:" + (name or _ROOT)] = scheme
+            schemes["leaf:" + name] = scheme
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata must be strings, got {key!r}: {value!r}")
@@ -129,6 +131,8 @@ def refuse_names(names: list[str]) -> None:
     """Raises ValueError for names of leaves that cannot stand in one file."""
     known = set(names)
     for name in names:
+        if not name:
+            raise ValueError("a leaf is named '', which a file cannot hold; rename it")
         if name == "__metadata__" or name.startswith("activations."):
             raise ValueError(f"the name {name!r} is taken by the file format; rename the leaf")
         parts = name.split("/")
@@ -184,6 +188,8 @@ def load(
         scheme = schemes.get(name, metadata.get(name))
         raise ValueError(f"{path}: {name}: its parts do not fit {scheme!r}: {error}") from error
     leaves |= {name: _as_saved(array) for name, array in arrays.items()}
+    if "" in leaves:
+        raise ValueError(f"{path}: holds a leaf without a name")
     _refuse_growth(path, leaves, max_bytes)
     params = _nest(path, leaves) if like is None else _into(path, leaves, like)
     return Checkpoint(params, grids, {k: v for k, v in metadata.items() if k not in TAKEN})
