@@ -124,18 +124,23 @@ def share_weights(args: Args, params: Any, data: list[tuple[jax.Array]]) -> Any:
     return jc.chain(jc.quantize.recipe(spec), jc.prune.fixed(masks)).pack(params, state)
 
 
-def main(args: Args, report: Report) -> dict[str, Any]:
-    """All stages, and what is left."""
+def check(args: Args) -> None:
+    """Raises ValueError for options that make no sense."""
     if not 0 < args.sparsity < 1 or args.images < 2 or args.epochs < 0:
         raise ValueError(
             f"--sparsity must lie between 0 and 1, --images be at least 2, --epochs not negative, "
             f"got {args.sparsity}, {args.images}, {args.epochs}"
         )
+
+
+def main(args: Args, report: Report) -> dict[str, Any]:
+    """All stages, and what is left."""
+    check(args)
     variables = jax.tree.map(jnp.asarray, resnet_cifar.load_pretrained(DEPTH))
     train, test = load_cifar10("train"), load_cifar10("test")
     if args.short:
         args = dataclasses.replace(args, images=64)
-        train, test = (tuple(part[:200] for part in split) for split in (train, test))
+        train, test = (train[0][:200], train[1][:200]), (test[0][:200], test[1][:200])
     rows = np.random.default_rng(args.seed).choice(len(train[0]), args.images)
     data = [(cifar10_normalise(train[0][part]),) for part in np.array_split(rows, 2)]
     standard, folded = resnet_cifar.standard_apply_fn(DEPTH), resnet_cifar.folded_apply_fn(DEPTH)
@@ -145,27 +150,25 @@ def main(args: Args, report: Report) -> dict[str, Any]:
         pruned = fine_tune(args, report, pruned, masks, train, variables)
     params = jax.tree.map(jnp.asarray, resnet_cifar.fold_batch_norm(pruned))
     packed = share_weights(args, params, data)
-    plain = jc.export.file_size(packed)
     size = jc.export.save(args.packed, packed, compress=args.compress)
     unpacked = jc.unpack(jc.export.load(args.packed).params)
+    report.console.print(f"wrote {args.packed}")
 
     float32_bytes = jc.packed_bytes(variables)
-    figures = {
+    return {
         "float32_top1_percent": accuracy(standard, variables, test),
         "pruned_top1_percent": accuracy(standard, pruned, test),
         "top1_percent": accuracy(folded, unpacked, test),
         "sparsity_percent": 100 * jc.prune.sparsity_of(unpacked),
         "float32_bytes": float32_bytes,
         "packed_bytes": size.payload_bytes,
-        "plain_file_bytes": plain.file_bytes,
+        "plain_file_bytes": size.raw_bytes,
         "entropy_bytes": jc.export.entropy_bytes(packed),
         "file_bytes": size.file_bytes,
         "ratio": float32_bytes / size.file_bytes,
         "coding_ratio": size.ratio,
         "epochs": args.epochs,
     }
-    report.console.print(f"wrote {args.packed}")
-    return figures
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ class Reader:
         self.first = jc.export.load(self.path)
         assert equal(tuple(self.first), (params, grids, metadata))
         jc.export.save(self.path, params, compress="zstd")  # what reads it is imported by now
-        jc.export.load(self.path), jc.export.inspect(self.path), jc.unpack(self.first.params)
+        jc.export.load(self.path)
+        jc.unpack(self.first.params)
 
     def outcome(self, index: int) -> Outcome:
         """One variant."""
@@ -188,7 +189,7 @@ def _reader(folder: str, seed: int, limited: bool) -> Reader:
     if limited:
         lines = Path("/proc/self/status").read_text().splitlines()
         size = 1024 * int(next(line for line in lines if line.startswith("VmSize")).split()[1])
-        resource.setrlimit(resource.RLIMIT_AS, (size + LIMIT_BYTES,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (size + LIMIT_BYTES, size + LIMIT_BYTES))
     return reader
 
 
