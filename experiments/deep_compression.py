@@ -11,8 +11,8 @@ The three stages of Han et al. 2016 (arXiv 1510.00149) on the trained CIFAR-10 R
   coded      the packed file (codes, positions, codebooks, float32 biases) is one Zstandard frame
 `entropy_bytes` is what a Huffman code of each leaf would reach, the header of the file (in
 `file_bytes`) not counted. The accuracy is that of the file, read back, on the 10,000 test images.
-`ratio`: bytes of the published float32 network over those of the file. About 2 minutes on two CPU
-cores; an epoch takes five to six. Result: experiments/results/deep_compression.json.
+`ratio`: bytes of the published float32 network over those of the file. About 3 minutes of CPU
+time; an epoch takes five to six minutes. Result: experiments/results/deep_compression.json.
 """
 
 import dataclasses
