@@ -11,8 +11,8 @@ fits. Each is read by `export.load` and `export.inspect` in a process whose memo
                      says, and equal when they are saved and read again
   refused            ValueError that names the file
   wrong, crashed     anything else; either makes the exit status 1
-`peak_extra_mb` is the most resident memory that reading one variant took. About 6 minutes on two
-CPU cores. Result: experiments/results/fuzz_checkpoint.json.
+`peak_extra_mb` is the most resident memory that reading one variant took. About 5 minutes of CPU
+time. Result: experiments/results/fuzz_checkpoint.json.
 """
 
 import collections
