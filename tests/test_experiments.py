@@ -290,6 +290,7 @@ def test_damaged_checkpoints_are_read_as_they_are_or_refused(capsys):
 
 
 @needs_cifar
+@pytest.mark.long
 def test_deep_compression_reads_its_file_back(capsys, tmp_path):
     file = tmp_path / "resnet20.safetensors.zst"
     flags = ("--packed", str(file), "--sparsity", "0.5")
