@@ -15,7 +15,9 @@ from experiments import (
     cost_validation,
     count,
     data,
+    deep_compression,
     distill_digits,
+    fuzz_checkpoint,
     integer_cifar10,
     prune_cifar10,
     prune_minilm,
@@ -286,6 +288,34 @@ def test_the_benchmark_of_the_train_step_times_all_its_parts(capsys):
     assert row["overhead_over_plain_plus_teacher"] == pytest.approx(
         row["composed_s"] / (row["plain_s"] + row["teacher_s"])
     )
+
+
+def test_damaged_checkpoints_are_read_as_they_are_or_refused(capsys):
+    row = call(fuzz_checkpoint, "fuzz_checkpoint", capsys)
+    assert row["wrong"] == row["crashed"] == 0 < row["loaded_as_written"]
+    whats = ("loaded_equal", "loaded_as_written", "refused")
+    assert sum(row[what] for what in whats) == row["mutations"] == 300
+    assert row["kinds"] > 20 and row["refused"] > 200
+    line = fails(fuzz_checkpoint, "fuzz_checkpoint", capsys, "--mutations", "0")
+    assert line == "error: --mutations must be positive and --workers not negative, got 0, 2"
+
+
+@needs_cifar
+@pytest.mark.long
+def test_deep_compression_reads_its_file_back(capsys, tmp_path):
+    file = tmp_path / "resnet20.safetensors.zst"
+    flags = ("--packed", str(file), "--sparsity", "0.5")
+    row = call(deep_compression, "deep_compression", capsys, *flags)
+    assert row["file_bytes"] == os.path.getsize(file) < row["plain_file_bytes"]
+    assert row["entropy_bytes"] < row["packed_bytes"] < 0.2 * row["float32_bytes"]
+    assert row["ratio"] == row["float32_bytes"] / row["file_bytes"] > 8
+    params = jc.export.load(file).params
+    assert jc.packed_bytes(params) == row["packed_bytes"]
+    sparsity = 100 * jc.prune.sparsity_of(jc.unpack(params))
+    assert row["sparsity_percent"] == pytest.approx(sparsity) and sparsity > 49
+    assert row["top1_percent"] > 60
+    line = fails(deep_compression, "deep_compression", capsys, "--sparsity", "1")
+    assert line.startswith("error: --sparsity must lie between 0 and 1")
 
 
 @needs_cifar

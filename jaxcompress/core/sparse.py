@@ -22,6 +22,7 @@ from jaxcompress.core.pytrees import pytree
 from jaxcompress.formats import row_bytes, unpack_bits
 
 WIDEST = 2**16  # group whose places `unpack_bits` can count
+_COUNTED = 2**31  # places of a line that `mask` can count
 
 
 def _packed_shape(count: int, bits: int) -> jax.ShapeDtypeStruct:
@@ -60,6 +61,16 @@ class Bitmask:
         """This form with the positions of a concrete mask."""
         _need_fit(self, mask)
         return replace(self, bits=jnp.asarray(np.packbits(mask.reshape(-1), bitorder="little")))
+
+    def in_order(self, nnz: int) -> bool:
+        """Whether the array is what `pack` of a mask with `nnz` kept elements gives.
+
+        On the host, in the time of the array, not of the shape.
+        """
+        bits = np.asarray(self.bits)
+        beyond = -math.prod(self.shape) % 8  # of the last byte
+        clean = not bits.size or int(bits[-1]) >> (8 - beyond) == 0
+        return clean and int(np.bitwise_count(bits).sum(dtype=np.int64)) == nnz
 
     def mask(self) -> Array:
         """bool of `shape`: True where an element is kept."""
@@ -112,6 +123,20 @@ class Rows:
         pointers = np.concatenate([[0], np.cumsum(view.sum(axis=1))]).astype(self.pointers.dtype)
         indices = np.nonzero(view)[1].astype(self.indices.dtype)
         return replace(self, pointers=jnp.asarray(pointers), indices=jnp.asarray(indices))
+
+    def in_order(self, nnz: int) -> bool:
+        """As `Bitmask.in_order`."""
+        pointers, indices = (np.asarray(a) for a in (self.pointers, self.indices))
+        if int(pointers[0]) or not len(indices) == int(pointers[-1]) == nnz:
+            return False
+        if (pointers[1:] < pointers[:-1]).any() or self._view[1] >= _COUNTED:
+            return False
+        if nnz and int(indices.max()) >= self._view[1]:
+            return False
+        ascending = indices[1:] > indices[:-1]
+        begins = pointers[(pointers > 0) & (pointers < nnz)].astype(np.int64)
+        ascending[begins - 1] = True  # from one row to the next
+        return bool(ascending.all())
 
     def mask(self) -> Array:
         """bool of `shape`: True where an element is kept."""
@@ -197,6 +222,20 @@ class Groups:
         planes = np.unpackbits(octets, axis=1, count=self._bits, bitorder="little")
         return replace(self, offsets=jnp.asarray(np.packbits(planes, bitorder="little")))
 
+    def in_order(self, nnz: int) -> bool:
+        """As `Bitmask.in_order`."""
+        if nnz != self._nnz or self._view[1] >= _COUNTED:
+            return False
+        planes = np.unpackbits(np.asarray(self.offsets), bitorder="little")
+        if planes[nnz * self._bits :].any():
+            return False
+        planes = planes[: nnz * self._bits].reshape(nnz, self._bits)
+        offsets = planes @ (np.int32(1) << np.arange(self._bits, dtype=np.int32))
+        columns = offsets.reshape(-1, max(len(self._starts), 1)) + self._starts
+        ascending = (columns[:, 1:] > columns[:, :-1]).all()
+        inside = int(offsets.max(initial=0)) < self.group
+        return bool(inside and ascending and int(columns.max(initial=-1)) < self._view[1])
+
     def columns(self) -> Array:
         """int32 [lines, kept in a line]: the places of the kept elements along `along`."""
         starts = self._starts
@@ -231,7 +270,9 @@ class Groups:
 
     @property
     def _starts(self) -> np.ndarray:
-        # Where the group of each kept element of a line starts.
+        # Where the group of each kept element of a line starts; a file may say any length.
+        if not self._nnz:
+            return np.zeros(0, np.int32)
         full, rest = divmod(self._view[1], self.group)
         counts = [self.kept] * full + [-(-self.kept * rest // self.group)]
         return np.repeat(np.arange(full + 1, dtype=np.int32) * np.int32(self.group), counts)

@@ -3,6 +3,7 @@
 from jaxcompress.export.benchmark import Measured, benchmark
 from jaxcompress.export.checkpoint import Checkpoint, file_size, load, save
 from jaxcompress.export.container import FileSize
+from jaxcompress.export.entropy import entropy_bytes
 from jaxcompress.export.litert import LiteRT, litert
 from jaxcompress.export.marks import mark_activations, mark_weights
 from jaxcompress.export.onnx_file import OnnxReport, onnx
@@ -23,6 +24,7 @@ __all__ = [
     "StableHLO",
     "StreamReport",
     "benchmark",
+    "entropy_bytes",
     "file_size",
     "inspect",
     "litert",

@@ -6,9 +6,12 @@ A file is a safetensors file. Each leaf `a/b/kernel` is one array of that name, 
 `.mask.pointers` and `.mask.indices`, or `.mask.offsets`, see core/sparse.py. The metadata say, for
 each packed leaf, `format|axes|group|shape|dtype` (and `|nnz` if masked, and `|positions` if they
 are no bitmask), e.g. `int4|-1||3x3x16x16|float32|230|csr:3`; tiles are a group `x128x128`. The
-metadata key `jaxcompress` is the version of this scheme. The grids of
-activations lie in `activations.scale` and so on, a field of all grids one after the other; the
-metadata key `activations` lists `name|format|shape` of each, `;` between.
+metadata key `jaxcompress` is the version of this scheme, `crc32` the checksum of the header without
+it and of all data. The grids of activations lie in `activations.scale` and so on, a field of all
+grids one after the other; the metadata key `activations` lists `name|format|shape` of each, `;`
+between. A compressed file is all of that in one Zstandard frame.
+
+Version 2 knew bitmasks alone; 3 is what is written.
 """
 
 import math
@@ -20,18 +23,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.core.compressor import is_absent
 from jaxcompress.core.files import replacing
-from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, packed_bytes, unpack
+from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, packed_bytes
 from jaxcompress.core.paths import leaves_with_paths, near_misses, refuse_twins
-from jaxcompress.export import container, positions
-from jaxcompress.formats import Format, Granularity, parse, shipped
+from jaxcompress.export import container, container_read, zstd
+from jaxcompress.export.leaves import assemble, assemble_grids, disassemble, disassemble_grids
+from jaxcompress.export.scheme import (
+    parse_scheme,
+)
+from jaxcompress.formats import Format
 
 VERSION = "3"
 _READABLE = ("2", VERSION)  # 2 knew bitmasks alone
 _ROOT = "(array)"  # the name of a tree that is one array
 TAKEN = ("jaxcompress", "crc32", "activations")
-FLOATS = ("float16", "bfloat16", "float32", "float64")
+_GROWTH = 64  # more than 2 bits of a float32, sparse: unpacking it needs no permission
 
 
 class Checkpoint(NamedTuple):
@@ -48,23 +54,31 @@ def save(
     *,
     activations: Mapping[str, Grid] | None = None,
     metadata: Mapping[str, str] | None = None,
+    compress: str | None = None,
 ) -> container.FileSize:
     """Writes a packed tree (QTensor, Masked and plain arrays) to one file.
 
-    The payload is exactly `packed_bytes((params, activations))`. Nothing appears under `path`
-    before it is whole.
+    The payload is exactly `packed_bytes((params, activations))`; the file is of version 3 (above).
+    Nothing appears under `path` before it is whole.
 
     Args:
       path: conventionally `*.safetensors`.
       params: a pytree; its paths become the names.
       activations: the grids of the activations, by tap.
       metadata: strings of your own, kept in the header.
+      compress: "zstd" (level 19), or "zstd:1" to "zstd:22": all of the file as one Zstandard frame,
+        conventionally `*.safetensors.zst`. The size says the `ratio`; `entropy_bytes` what a
+        Huffman code of each leaf would reach.
+
+    Returns:
+      `FileSize`: bytes on disk, and of header and arrays before compression.
 
     Raises:
-      ValueError: two leaves have one path, or a key of `metadata` is taken.
+      ValueError: two leaves have one path, or a key of `metadata` is taken; no such `compress`.
       TypeError: a leaf of a format without a name, or of a dtype the file cannot hold.
+      ImportError: `compress` without zstandard.
     """
-    content, size = _encode(params, activations or {}, metadata or {})
+    content, size = _encode(params, activations or {}, metadata or {}, compress)
     with replacing(path) as file:
         file.write(content)
     return size
@@ -75,40 +89,50 @@ def file_size(
     *,
     activations: Mapping[str, Grid] | None = None,
     metadata: Mapping[str, str] | None = None,
+    compress: str | None = None,
 ) -> container.FileSize:
     """What `save` would write, without writing it.
 
     >>> file_size({"w": jnp.zeros((8, 4))})
     FileSize(file_bytes=248, header_bytes=120, payload_bytes=128)
     """
-    return _encode(params, activations or {}, metadata or {})[1]
+    return _encode(params, activations or {}, metadata or {}, compress)[1]
 
 
-def _encode(params, activations, metadata) -> tuple[bytes, container.FileSize]:
-    arrays, schemes = _disassemble_grids(activations)
+def _encode(params, activations, metadata, codec) -> tuple[bytes, container.FileSize]:
+    if codec is not None:
+        zstd.level_of(codec)
+    arrays, schemes = disassemble_grids(activations)
     flat = leaves_with_paths(params, is_leaf=is_packed)
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params, is_leaf=is_packed)):
+        flat = [(_ROOT, leaf) for _, leaf in flat]
     refuse_names([name for name, _ in flat])
     for name, leaf in flat:
-        parts, scheme = disassemble(name or _ROOT, leaf)
+        parts, scheme = disassemble(name, leaf)
         if clash := set(parts) & set(arrays):
             raise ValueError(f"two leaves are named {sorted(clash)[0]!r}")
         arrays |= parts
         if scheme:
-            schemes["leaf:" + (name or _ROOT)] = scheme
+            schemes["leaf:" + name] = scheme
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata must be strings, got {key!r}: {value!r}")
         if key in TAKEN or key.startswith("leaf:"):
             raise ValueError(f"metadata key {key!r} is taken by the file format")
-    content, size = container.encode(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
+    pieces, size = container.encode_parts(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
     assert size.payload_bytes == packed_bytes((params, dict(activations)))
-    return content, size
+    if codec is None:
+        return b"".join(pieces), size
+    content = zstd.compress(pieces, codec)
+    return content, size._replace(file_bytes=len(content))
 
 
 def refuse_names(names: list[str]) -> None:
     """Raises ValueError for names of leaves that cannot stand in one file."""
     known = set(names)
     for name in names:
+        if not name:
+            raise ValueError("a leaf is named '', which a file cannot hold; rename it")
         if name == "__metadata__" or name.startswith("activations."):
             raise ValueError(f"the name {name!r} is taken by the file format; rename the leaf")
         parts = name.split("/")
@@ -117,150 +141,36 @@ def refuse_names(names: list[str]) -> None:
                 raise ValueError(f"leaf {name!r} lies below leaf {parent!r}; rename one")
 
 
-def _disassemble_grids(activations: Mapping[str, Grid]):
-    if not activations:
-        return {}, {}
-    texts, parts = [], {}
-    for name, grid in activations.items():
-        if not isinstance(grid, Grid):
-            raise TypeError(f"activations: {name!r} must be a core.Grid, got {grid!r}")
-        if ";" in name:
-            raise ValueError(f"activations: {name!r} must not hold ';', which separates names")
-        fields = _fields(name, grid.format, grid.qparams)
-        for field, array in fields.items():
-            parts.setdefault(f"activations.{field}", []).append(array.reshape(-1))
-        texts.append(f"{name}|{grid.format.name}|{_size_text(_scale_shape(grid, fields))}")
-    arrays = {name: np.concatenate(part) for name, part in parts.items()}
-    return arrays, {"activations": ";".join(texts)}
-
-
-def _assemble_grids(
-    text: str, arrays: dict[str, np.ndarray], formats: Mapping[str, Format]
-) -> dict[str, Grid]:
-    rest = {name: arrays.pop(name) for name in list(arrays) if name.startswith("activations.")}
-    grids = {}
-    for entry in text.split(";") if text else []:
-        name, format_name, sizes = entry.rsplit("|", 2)
-        format = _format(format_name, formats)
-
-        def take(field, template):
-            key = f"activations.{field}"
-            count = math.prod(template.shape)
-            taken, rest[key] = rest[key][:count], rest[key][count:]
-            return taken.reshape(template.shape)
-
-        grids[name] = Grid(_qparams(format, _sizes(sizes), take), format)
-    if left := [name for name, array in rest.items() if len(array)]:
-        raise ValueError(f"{left[0]!r} holds more than the activations")
-    return grids
-
-
-def _scale_shape(grid: Grid, fields: dict[str, np.ndarray]) -> tuple[int, ...]:
-    # The first field has a value per block, or a table.
-    if not fields:
-        return ()
-    shape = next(iter(fields.values())).shape
-    ends = jax.ShapeDtypeStruct(shape, jnp.float32)
-    expected = jax.eval_shape(grid.format.qparams, ends, ends)[0].shape
-    return shape[: 2 * len(shape) - len(expected)]
-
-
-def _format(name: str, formats: Mapping[str, Format]) -> Format:
-    return formats[name] if name in formats else parse(name)
-
-
-def _fields(name: str, format: Format, qparams: Any) -> dict[str, np.ndarray]:
-    """The arrays of a format's qparams by field; fields that are `()` are absent."""
-    if not isinstance(qparams, tuple) or not isinstance(getattr(format, "name", None), str):
-        raise TypeError(
-            f"{name}: a format of type {type(format).__name__} cannot be saved: it needs a name, "
-            "and a NamedTuple of arrays as qparams"
-        )
-    if any(sign in format.name for sign in "|;"):
-        raise ValueError(f"{name}: the format's name {format.name!r} must not hold '|' or ';'")
-    fields = qparams._asdict() if hasattr(qparams, "_asdict") else {}  # type: ignore
-    return {key: _host(array) for key, array in fields.items() if not is_absent(array)}
-
-
-def _host(array: Any) -> Any:
-    return array if isinstance(array, jax.ShapeDtypeStruct) else np.asarray(array)
-
-
-def _qparams(format: Format, scale_shape: tuple[int, ...], take: Any) -> Any:
-    """The qparams of a format from arrays that `take(field, shape and dtype)` finds."""
-    ends = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
-    ship = lambda low, high: shipped(format, format.qparams(low, high))
-    template = jax.eval_shape(ship, ends, ends)
-    found = {}
-    for field, aval in template._asdict().items() if hasattr(template, "_asdict") else ():
-        if is_absent(aval):
-            found[field] = ()
-            continue
-        array = take(field, aval)
-        if array.dtype != aval.dtype or array.shape != aval.shape:
-            raise ValueError(
-                f"{field} should be {aval.dtype} {aval.shape}, it is {array.dtype} {array.shape}"
-            )
-        found[field] = jnp.asarray(array)
-    return type(template)(**found) if hasattr(template, "_asdict") else ()
-
-
-def disassemble(name: str, leaf: Any) -> tuple[dict[str, Any], str]:
-    """The arrays of a leaf by their names in the file, and its scheme ("" for a plain array).
-
-    A leaf of shapes and dtypes gives those of its arrays.
-    """
-    if isinstance(leaf, Masked):
-        parts, inner = disassemble(name, leaf.values)
-        if not inner:
-            parts = {f"{name}.values": parts[name]}
-            inner = f"|||{_size_text(leaf.shape)}|{leaf.dtype}"
-        places = {part: _host(array) for part, array in positions.parts(name, leaf).items()}
-        return {**places, **parts}, f"{inner}|{positions.scheme(leaf)}"
-    if not isinstance(leaf, QTensor):
-        if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(f"{name}: only arrays of numbers can be saved, got {kind}")
-        return {name: _host(leaf)}, ""
-    fields = _fields(name, leaf.format, leaf.qparams)
-    parts = {f"{name}.codes": _host(leaf.codes)}
-    parts |= {f"{name}.{field}": array for field, array in fields.items()}
-    axes = ",".join(map(str, leaf.granularity.axis))
-    group = "" if leaf.granularity.group is None else str(leaf.granularity.group)
-    if leaf.granularity.block is not None:
-        group = "x" + _size_text(leaf.granularity.block)
-    fields = (leaf.format.name, axes, group, _size_text(leaf.shape), leaf.dtype)
-    return parts, "|".join(fields)
-
-
-def _size_text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split("x")) if text else ()
-
-
 def load(
-    path: str | os.PathLike, *, like: Any = None, formats: Iterable[Format] = ()
+    path: str | os.PathLike,
+    *,
+    like: Any = None,
+    formats: Iterable[Format] = (),
+    max_bytes: int = container_read.MAX_BYTES,
 ) -> Checkpoint:
-    """Reads a packed file.
+    """Reads a packed file of version 2 or 3, compressed or not.
+
+    Strictly: a file that is not exactly what `save` writes is refused, before anything is
+    allocated that it only claims to need.
 
     Args:
       path: a file that `save` wrote.
       like: a tree whose structure and paths `params` takes (NNX, Equinox, lists); None gives
         nested dicts, split at `/`.
       formats: your own formats, which the file names; the library's need not be given.
+      max_bytes: what a file may grow to: a compressed one when it is decompressed, a packed one
+        when `unpack` gives all its arrays (that one up to 64 times what is stored in any case).
 
     Returns:
       `Checkpoint(params, activations, metadata)`.
 
     Raises:
       FileNotFoundError: no such file.
+      ImportError: the file is compressed, and zstandard is missing.
       ValueError: truncated, damaged, of another program or a newer version, or without a leaf
-        that `like` has.
+        that `like` has; larger than `max_bytes` allows.
     """
-    arrays, metadata = container.read(path)
+    arrays, metadata = container_read.read(path, max_bytes=max_bytes)
     if metadata.get("jaxcompress") not in _READABLE or "crc32" not in metadata:
         found = metadata.get("jaxcompress", "none")
         raise ValueError(
@@ -271,13 +181,16 @@ def load(
     schemes = {k[5:]: metadata.pop(k) for k in list(metadata) if k.startswith("leaf:")}
     leaves, name = {}, "activations"
     try:
-        grids = _assemble_grids(metadata.get(name, ""), arrays, own)
+        grids = assemble_grids(metadata.get(name, ""), arrays, own)
         for name, scheme in schemes.items():
-            leaves[name] = _assemble(name, scheme, arrays, own)
+            leaves[name] = assemble(name, parse_scheme(scheme), arrays, own)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         scheme = schemes.get(name, metadata.get(name))
         raise ValueError(f"{path}: {name}: its parts do not fit {scheme!r}: {error}") from error
     leaves |= {name: _as_saved(array) for name, array in arrays.items()}
+    if "" in leaves:
+        raise ValueError(f"{path}: holds a leaf without a name")
+    _refuse_growth(path, leaves, max_bytes)
     params = _nest(path, leaves) if like is None else _into(path, leaves, like)
     return Checkpoint(params, grids, {k: v for k, v in metadata.items() if k not in TAKEN})
 
@@ -288,49 +201,26 @@ def _as_saved(array: np.ndarray) -> Any:
     return jnp.asarray(array) if same else array
 
 
-def _take(arrays: dict[str, np.ndarray], name: str, dtype: Any) -> jax.Array:
-    array = arrays.pop(name)
-    if array.dtype != dtype:
-        raise ValueError(f"{name!r} should be {jnp.dtype(dtype)}, it is {array.dtype}")
-    return jnp.asarray(array)
+def _refuse_growth(path: Any, leaves: dict[str, Any], max_bytes: int) -> None:
+    """Raises ValueError if the arrays that `unpack` gives are out of all proportion."""
+    sizes = {name: _unpacked_bytes(leaf) for name, leaf in leaves.items() if is_packed(leaf)}
+    stored = packed_bytes(leaves)
+    if (total := sum(sizes.values())) > max(max_bytes, _GROWTH * stored):
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ValueError(
+            f"{path}: {stored:,} stored bytes are {total:,} when unpacked, most of them of "
+            f"{largest!r}; max_bytes is {max_bytes:,}"
+        )
 
 
-def _assemble(
-    name: str, scheme: str, arrays: dict[str, np.ndarray], formats: Mapping[str, Format]
-) -> Any:
-    format_name, axes, group, sizes, dtype, *rest = scheme.split("|")
-    shape = _sizes(sizes)
-    if dtype not in FLOATS:
-        raise ValueError(f"unknown dtype {dtype!r}")
-    if format_name:
-        axis = tuple(int(a) for a in axes.split(",")) if axes else ()
-        if group.startswith("x"):
-            where = Granularity(block=_sizes(group[1:]))
-        else:
-            where = Granularity(axis, int(group) if group else None)
-        format = _format(format_name, formats)
-        leaf = _assemble_codes(name, format, where, shape, dtype, arrays)
-    else:
-        leaf = _take(arrays, f"{name}.values", dtype)
-    if rest:
-        leaf = Masked(positions.take(name, shape, rest, arrays), leaf, shape, dtype, int(rest[0]))
-    _check(leaf)
-    return leaf
-
-
-def _assemble_codes(name, format, where, shape, dtype, arrays) -> QTensor:
-    take = lambda field, template: arrays.pop(f"{name}.{field}")
-    qparams = _qparams(format, where.scale_shape(shape), take)
-    codes = _take(arrays, f"{name}.codes", jnp.uint8)
-    return QTensor(codes, qparams, format, where, shape, dtype)
-
-
-def _check(leaf: Any) -> None:
-    # The abstract unpack meets every shape rule.
-    if jax.eval_shape(unpack, leaf).shape != leaf.shape:
-        raise ValueError(f"the parts do not have the shape {leaf.shape}")
-    if isinstance(leaf, Masked):
-        positions.check(leaf)
+def _unpacked_bytes(leaf: Any) -> int:
+    # Padding of groups and tiles included.
+    itemsize = np.dtype(jnp.dtype(leaf.dtype)).itemsize
+    inner = leaf.values if isinstance(leaf, Masked) else leaf
+    if not isinstance(inner, QTensor):
+        return leaf.size * itemsize
+    blocked = jax.eval_shape(inner.granularity.split, jax.ShapeDtypeStruct(leaf.shape, jnp.uint8))
+    return max(leaf.size, math.prod(blocked.shape)) * itemsize
 
 
 def _nest(path: Any, leaves: dict[str, Any]) -> Any:

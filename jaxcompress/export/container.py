@@ -1,22 +1,20 @@
-"""The safetensors container: a JSON header and the bytes of named arrays; a strict reader.
+"""The safetensors container: a JSON header and the bytes of named arrays; its reader is strict.
 
 Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian length of the header,
-the header, the data. Written and read with NumPy alone, since shipping must need no extra.
+the header, the data. Written and read (container_read.py) with NumPy alone, since shipping must
+need no extra.
 """
 
-import io
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
@@ -33,16 +31,28 @@ _DTYPES: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the limit of the format's own reader
+_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 class FileSize(NamedTuple):
-    """Bytes of a file on disk: all of it, its header (length field included), its arrays."""
+    """Bytes of a file on disk: all of it, its header (length field included), its arrays.
+
+    Of a compressed file, header and arrays before they were compressed.
+    """
 
     file_bytes: int
     header_bytes: int
     payload_bytes: int
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the file if it were not compressed."""
+        return self.header_bytes + self.payload_bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller compression made the file: `raw_bytes` over `file_bytes`."""
+        return self.raw_bytes / self.file_bytes
 
 
 class Entry(NamedTuple):
@@ -68,10 +78,22 @@ def encode(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> tuple[byt
     Raises:
       TypeError: an array's dtype has no name in the format.
     """
+    parts, size = encode_parts(arrays, metadata)
+    return b"".join(parts), size
+
+
+def encode_parts(
+    arrays: dict[str, np.ndarray], metadata: dict[str, str]
+) -> tuple[list[bytes], FileSize]:
+    """What `encode` gives, in parts: the header, then each array."""
     header, entries = layout(arrays, metadata)
-    data = b"".join(np.ascontiguousarray(arrays[name]).tobytes() for name in entries)
-    head = seal(header, zlib.crc32(data, open_checksum(header)))
-    return head + data, FileSize(len(head) + len(data), len(head), len(data))
+    data = [np.ascontiguousarray(arrays[name]).tobytes() for name in entries]
+    checksum = open_checksum(header)
+    for part in data:
+        checksum = zlib.crc32(part, checksum)
+    parts = [seal(header, checksum), *data]
+    total = sum(map(len, parts))
+    return parts, FileSize(total, len(parts[0]), total - len(parts[0]))
 
 
 def layout(
@@ -93,7 +115,7 @@ def layout(
         dtype, shape = np.dtype(arrays[name].dtype), tuple(arrays[name].shape)
         if dtype not in _NAMES:
             raise TypeError(f"{name}: dtype {dtype} has no name in the file format")
-        last = offset + _nbytes(dtype, shape)
+        last = offset + nbytes_of(dtype, shape)
         entries[name] = Entry(dtype, shape, offset, last)
         header[name] = {
             "dtype": _NAMES[dtype],
@@ -122,115 +144,10 @@ def seal(header: dict[str, Any], checksum: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _nbytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+def nbytes_of(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of an array."""
     return math.prod(shape) * dtype.itemsize
 
 
 def _dump(header: dict[str, Any]) -> bytes:
     return json.dumps(header, separators=(",", ":")).encode()
-
-
-def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and metadata of a file; every length is checked before anything is allocated.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: truncated, with bytes left over, a damaged header or a wrong checksum; the
-        message names the file and what is wrong.
-    """
-    path = Path(path)
-    raw = path.read_bytes()
-    header, start = _parsed(path, io.BytesIO(raw), len(raw))
-    metadata = _metadata(path, header)
-    checksum, data = metadata.pop("crc32", None), memoryview(raw)[start:]
-    expected = f"{zlib.crc32(data, open_checksum(header)):08x}" if checksum else None
-    header.pop("__metadata__", None)
-    arrays = {
-        name: np.frombuffer(data[first:last], dtype).reshape(shape)
-        for name, (dtype, shape, first, last) in _entries(path, header, len(data)).items()
-    }
-    if checksum != expected:
-        raise _damaged(path, "its checksum is wrong")
-    return arrays, metadata if checksum is None else {**metadata, "crc32": checksum}
-
-
-def read_header(path: str | os.PathLike) -> Header:
-    """What a file holds, its data left on disk: the checksum is not tested.
-
-    Raises:
-      FileNotFoundError, ValueError: as `read`.
-    """
-    path = Path(path)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        header, start = _parsed(path, file, size)
-    metadata = _metadata(path, header)
-    header.pop("__metadata__", None)
-    return Header(_entries(path, header, size - start), metadata, start)
-
-
-def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "its metadata are not strings")
-    return metadata
-
-
-def _entries(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, Entry]:
-    # Every length is checked: the arrays fill the data, one after the other.
-    found = {name: _entry(path, name, entry) for name, entry in header.items()}
-    entries, end = {}, 0
-    for name, entry in sorted(found.items(), key=lambda item: (item[1].first, item[1].last)):
-        if entry.first != end or entry.last != end + _nbytes(entry.dtype, entry.shape):
-            raise _damaged(path, f"{name!r} does not lie where its shape says")
-        if entry.last > data_bytes:
-            raise ValueError(
-                f"{path}: truncated: {name!r} ends at byte {entry.last} of the data, "
-                f"which has {data_bytes}"
-            )
-        entries[name], end = entry, entry.last
-    if end != data_bytes:
-        raise _damaged(path, f"{data_bytes - end} bytes follow the last array")
-    return entries
-
-
-def _damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path}: not a readable packed file: {why}")
-
-
-def _parsed(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    # The header, and where the data begin.
-    if size < 8:
-        raise ValueError(f"{path}: truncated: {size} bytes, less than the length field")
-    length = int.from_bytes(file.read(8), "little")
-    if length > _MAX_HEADER or 8 + length > size:
-        raise ValueError(
-            f"{path}: truncated or not a packed file: the header should have {length} bytes, "
-            f"{size - 8} are there"
-        )
-    try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON ({type(error).__name__})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not an object")
-    return header, 8 + length
-
-
-def _entry(path: Path, name: str, entry: Any) -> Entry:
-    try:
-        dtype = np.dtype(_DTYPES[entry["dtype"]])
-        shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"the entry {name!r} is malformed: {_flaw(entry)}") from error
-    numbers = (*shape, first, last)
-    if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
-        raise _damaged(path, f"the entry {name!r} has impossible sizes")
-    return Entry(dtype, shape, first, last)
-
-
-def _flaw(entry: Any) -> str:
-    dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    if isinstance(dtype, str) and dtype not in _DTYPES:
-        return f"dtype {dtype!r} is none of {', '.join(_DTYPES)}"
-    return "it needs dtype, shape and data_offsets"

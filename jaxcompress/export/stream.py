@@ -22,7 +22,9 @@ from jaxcompress.core.compressor import at_path
 from jaxcompress.core.packed import QTensor, packed_bytes
 from jaxcompress.core.paths import match_rules
 from jaxcompress.export import container
-from jaxcompress.export.checkpoint import FLOATS, TAKEN, VERSION, disassemble, refuse_names
+from jaxcompress.export.checkpoint import TAKEN, VERSION, refuse_names
+from jaxcompress.export.leaves import disassemble
+from jaxcompress.export.scheme import FLOATS
 from jaxcompress.export.stream_pack import Settings, calibrator, packed_shape, packed_slices
 from jaxcompress.export.stream_read import Source, Tensor, chunks, open_source, read_rows
 from jaxcompress.export.stream_write import Part, part_file

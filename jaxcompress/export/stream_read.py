@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.compressor import is_absent
-from jaxcompress.export import container, positions
+from jaxcompress.export import container_read, positions, zstd
+from jaxcompress.export.scheme import Scheme, parse_scheme
 from jaxcompress.formats import parse, shipped
 
 _CHUNK_BYTES = 2**24  # of a tensor that is copied
@@ -80,7 +81,9 @@ def _shards(files: list[Path]) -> Source:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        header = container.read_header(file)
+        if zstd.is_compressed(file):
+            raise ValueError(f"{file}: is compressed; `zstd -d` gives the file to read")
+        header = container_read.read_header(file)
         if "jaxcompress" in header.metadata:
             raise ValueError(f"{file}: is packed already; give the checkpoint it was made from")
         for name, (dtype, shape, first, _) in header.entries.items():
@@ -157,19 +160,19 @@ class Leaf(NamedTuple):
 
 
 def inspect(path: str | os.PathLike) -> list[Leaf]:
-    """The leaves of a file, by name, from its header alone.
+    """The leaves of a file, compressed or not, by name, from its header alone.
 
     Raises:
       FileNotFoundError, ValueError: as `export.load`, without a test of the checksum; a leaf is
         in a format of your own, whose arrays only `export.load(formats=)` knows.
     """
-    entries, metadata, _ = container.read_header(path)
+    entries, metadata, _ = container_read.read_header(path)
     sizes = {name: entry.last - entry.first for name, entry in entries.items()}
     leaves = []
     for key in [key for key in metadata if key.startswith("leaf:")]:
         name, scheme = key[5:], metadata[key]
         try:
-            leaves.append(_packed_leaf(name, scheme, sizes))
+            leaves.append(_packed_leaf(name, parse_scheme(scheme), sizes))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: {name}: does not fit {scheme!r}: {error}") from error
     for name, stored_bytes in sizes.items():
@@ -178,15 +181,14 @@ def inspect(path: str | os.PathLike) -> list[Leaf]:
     return sorted(leaves)
 
 
-def _packed_leaf(name: str, scheme: str, sizes: dict[str, int]) -> Leaf:
-    format, _, _, shape, dtype, *rest = scheme.split("|")
-    numbers = tuple(int(n) for n in shape.split("x")) if shape else ()
-    parts = ["codes", *_field_names(format)] if format else ["values"]
+def _packed_leaf(name: str, scheme: Scheme, sizes: dict[str, int]) -> Leaf:
+    parts = ["codes", *_field_names(scheme.format)] if scheme.format else ["values"]
     names = [f"{name}.{part}" for part in parts]
-    if rest:
-        names += positions.part_names(name, numbers, rest)
+    if scheme.nnz is not None:
+        names += positions.part_names(name, scheme.shape, scheme.nnz, scheme.positions)
     stored = [sizes.pop(part) for part in names]
-    return Leaf(name, format or dtype, numbers, dtype, sum(stored), bool(rest))
+    format, sparse = scheme.format or scheme.dtype, scheme.nnz is not None
+    return Leaf(name, format, scheme.shape, scheme.dtype, sum(stored), sparse)
 
 
 @functools.lru_cache
