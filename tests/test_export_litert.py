@@ -304,3 +304,19 @@ def test_without_the_converter(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "litert_converter", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxcompress\[export\]'"):
         jc.export.litert(lambda p, x: x, (), jnp.ones(3), path=tmp_path / "a.tflite")
+
+
+@pytest.mark.long
+def test_a_microcontroller_runtime_gives_the_same(program, tmp_path):
+    runtime = pytest.importorskip("tflite_micro.python.tflite_micro.runtime")
+    program, x = program
+    if any(np.abs(np.asarray(c["weight"])).max() <= 7 for c in program.constants if "weight" in c):
+        pytest.skip("it has no convolutions of int4")
+    report = jc.export.litert(program, path=tmp_path / "a.tflite", interface="int8")
+    micro = runtime.Interpreter.from_file(str(report.path))
+    codes = program.quantize_input(x)
+    for row, want in zip(np.asarray(codes), np.asarray(program.run(codes)), strict=True):
+        micro.set_input((row[None].astype(np.int16) - 128).astype(np.int8), 0)
+        micro.invoke()
+        # Both round accumulators twice; means and sums in their own way.
+        assert np.abs(micro.get_output(0)[0].astype(int) + 128 - want).max() <= 1

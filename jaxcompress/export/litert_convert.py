@@ -10,15 +10,7 @@ import numpy as np
 INSTALL = "pip install 'jaxcompress[export]'"
 _SIGNATURE = "serving_default"
 _FAILED = re.compile(r"failed to legalize operation '([^']+)'|'([a-z_]+\.[a-z_0-9.]+)' op ")
-_PLAIN = (
-    "tfl.",
-    "arith.constant",
-    "func.",
-    "builtin.",
-    "vhlo.return",
-    "vhlo.func",
-    "vhlo.constant",
-)
+_PLAIN = re.compile(r"(tfl|func|builtin)\.|arith.constant|vhlo.(return|func|constant)")
 
 
 def converter() -> tuple[Any, Any, Any, Any]:
@@ -28,7 +20,7 @@ def converter() -> tuple[Any, Any, Any, Any]:
       ImportError: it is not installed.
     """
     try:
-        from litert_converter import converter_api_ext
+        from litert_converter import converter_api_ext  # type: ignore[attr-defined]
         from litert_converter.mlir import ir, passmanager
         from litert_converter.mlir.dialects import stablehlo
     except ImportError as error:

@@ -99,30 +99,33 @@ def contents(content: bytes) -> Contents:
     """What the bytes of a file hold, without its weights."""
     from litert_converter import schema_py_generated as schema
 
-    model = schema.Model.GetRootAs(content, 0)
-    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if not k.startswith("_")}
-    types = {v: k.lower() for k, v in vars(schema.TensorType).items() if not k.startswith("_")}
+    model: Any = schema.Model.GetRootAs(content, 0)
+    names, types = _words(schema.BuiltinOperator), _words(schema.TensorType)
     counts: Counter[tuple[str, tuple[str, ...], tuple[str, ...]]] = Counter()
     integer = True
-    for number in range(model.SubgraphsLength()):
-        graph = model.Subgraphs(number)
-        assert graph is not None
-        dtype = lambda i, graph=graph: types[graph.Tensors(i).Type()]
+    for graph in map(model.Subgraphs, range(model.SubgraphsLength())):
         ends = {*graph.InputsAsNumpy().tolist(), *graph.OutputsAsNumpy().tolist()}
-        for position in range(graph.OperatorsLength()):
-            operator = graph.Operators(position)
+        dtypes = [types[graph.Tensors(i).Type()].lower() for i in range(graph.TensorsLength())]
+        for operator in map(graph.Operators, range(graph.OperatorsLength())):
             code = model.OperatorCodes(operator.OpcodeIndex())
             name = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
-            sides = [
-                [int(i) for i in side if i >= 0]
-                for side in (operator.InputsAsNumpy(), operator.OutputsAsNumpy())
-            ]
-            counts[name, tuple(map(dtype, sides[0])), tuple(map(dtype, sides[1]))] += 1
-            inner = [i for i in sum(sides, []) if name[-8:] != "QUANTIZE" or i not in ends]
-            integer &= not any("float" in dtype(i) for i in inner)
+            inputs, outputs = (
+                [int(i) for i in side if i >= 0] if count else []
+                for side, count in (
+                    (operator.InputsAsNumpy(), operator.InputsLength()),
+                    (operator.OutputsAsNumpy(), operator.OutputsLength()),
+                )
+            )
+            counts[name, tuple(dtypes[i] for i in inputs), tuple(dtypes[i] for i in outputs)] += 1
+            at_end = ends if name.endswith("QUANTIZE") else set()
+            integer &= not any("float" in dtypes[i] for i in {*inputs, *outputs} - at_end)
     ports = [_ports(model, side, types) for side in ("Inputs", "Outputs")]
     operators = tuple(Operator(*key, count) for key, count in counts.items())
     return Contents(ports[0], ports[1], operators, integer)
+
+
+def _words(enumeration: Any) -> dict[int, str]:
+    return {value: key for key, value in vars(enumeration).items() if not key.startswith("_")}
 
 
 def _ports(model: Any, side: str, types: dict[int, str]) -> tuple[Tensor, ...]:
@@ -143,4 +146,4 @@ def _tensor(tensor: Any, name: str, types: dict[int, str]) -> Tensor:
         scale, zero = float(quantization.Scale(0)), int(quantization.ZeroPoint(0))
     shape = tensor.ShapeAsNumpy()
     sizes = () if isinstance(shape, int) else tuple(np.asarray(shape).tolist())
-    return Tensor(name, types[tensor.Type()], sizes, scale, zero)
+    return Tensor(name, types[tensor.Type()].lower(), sizes, scale, zero)

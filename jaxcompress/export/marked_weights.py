@@ -71,7 +71,8 @@ def _weight(name: str, leaf: Any) -> Weight:
         array = np.asarray(unpack(leaf))
         scale = jnp.asarray(values.qparams.scale)
         step = np.asarray(values.granularity.expand(scale, leaf.shape))
-    narrow = values.format.narrow or values.format.bits not in (4, 8)
+    form: Any = values.format
+    narrow = form.narrow or form.bits not in (4, 8)
     return Weight(name, array, np.broadcast_to(step, array.shape), stored_bits(leaf), narrow)
 
 

@@ -166,7 +166,8 @@ def _marked(leaf: Any) -> Any:
     if why_unmarked(leaf):
         return array
     values = leaf if isinstance(leaf, QTensor) else leaf.values
-    form, channels = values.format, values.granularity.channels(array.shape)
+    form: Any = values.format
+    channels = values.granularity.channels(array.shape)
     if len(channels) > 1:
         return array
     bits = stored_bits(leaf)
