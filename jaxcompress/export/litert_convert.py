@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-INSTALL = "pip install 'jaxcompress[export]'"
+INSTALL = (
+    "pip install 'jaxcompress[export]', then pip install --no-deps litert-converter==0.5.0 "
+    "xdsl==0.28.0, because xdsl asks for an old typing-extensions"
+)
 _SIGNATURE = "serving_default"
 _FAILED = re.compile(r"failed to legalize operation '([^']+)'|'([a-z_]+\.[a-z_0-9.]+)' op ")
 _PLAIN = re.compile(r"(tfl|func|builtin)\.|arith.constant|vhlo.(return|func|constant)")

@@ -19,7 +19,7 @@ import numpy as np
 from jaxcompress.core.files import replacing
 from jaxcompress.core.packed import unpack
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.export import container
+from jaxcompress.export import container, container_read
 from jaxcompress.export.lowered import lowered, port_names
 from jaxcompress.quantize.integer import IntegerProgram
 
@@ -130,7 +130,7 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
       ValueError: truncated, damaged, of another program, or of a newer version.
       ImportError: flatbuffers is not installed, which `jax.export` needs.
     """
-    arrays, metadata = container.read(path)
+    arrays, metadata = container_read.read(path)
     if metadata.get("stablehlo") != VERSION or set(arrays) != {"program"}:
         found = metadata.get("stablehlo")
         what = f"of version {found!r}" if found else "of another kind"
