@@ -80,6 +80,9 @@ ELEMENTWISE = {
     "finite": lambda x: jnp.isfinite(x / jnp.floor(jnp.abs(x))),
     "remainder": lambda x: lax.rem(x, jnp.full_like(x, 0.3)),
     "integers": lambda x: (3 * x).astype(jnp.int32) // 2 + (x > 0).astype(jnp.int32),
+    "bools": lambda x: jnp.where(x > 0, x > 1, x < -1) != (x < 0.5),
+    "bits": lambda x: (x.astype(jnp.int32) & 3) | ~x.astype(jnp.int32),
+    "counts": lambda x: jnp.sum(x.astype(jnp.int32), 1) // 7 + jnp.cumsum(x > 0, axis=1)[:, 0],
     "softmax": lambda x: jax.nn.softmax(x, axis=-1),
     "log_softmax": lambda x: jax.nn.log_softmax(x, axis=-1),
     "stop": lambda x: lax.stop_gradient(x) + lax.reduce_precision(x, 8, 23),
@@ -213,6 +216,17 @@ def test_products(name, known, tmp_path):
     fn = lambda p, x: jnp.einsum(spec, *((p["w"], x) if first else (x, p["w"])))
     free = "b" not in spec.split("->")[0].split(",")[0 if first else 1]
     check(fn, params, x, tmp_path=tmp_path, shapes="batch, ..." if free else None)
+
+
+def test_products_of_other_dtypes(tmp_path):
+    w = jnp.asarray(np.arange(-6, 6).reshape(4, 3), jnp.int8)
+    fn = lambda p, x: lax.dot_general(
+        x.astype(jnp.int8), p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    check(fn, {"w": w}, 40 * normal(5, 4), tmp_path=tmp_path)
+    half = lambda p, x: jnp.tanh(x.astype(jnp.float16) @ p["w"]).astype(jnp.float32)
+    params = {"w": normal(4, 3).astype(jnp.float16)}
+    check(half, params, normal(5, 4), tmp_path=tmp_path, atol=1e-2)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
