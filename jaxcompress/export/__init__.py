@@ -1,4 +1,4 @@
-"""Shipping: packed checkpoints, and large ones quantized tensor by tensor."""
+"""Shipping: packed checkpoints, large ones quantized tensor by tensor, files for runtimes."""
 
 from jaxcompress.export.checkpoint import Checkpoint, file_size, load, save
 from jaxcompress.export.container import FileSize
