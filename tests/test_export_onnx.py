@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 import jaxcompress as jc
+from jaxcompress.export import onnx_graph
 
 EMPTY: dict = {}
 
@@ -80,6 +81,9 @@ ELEMENTWISE = {
     "finite": lambda x: jnp.isfinite(x / jnp.floor(jnp.abs(x))),
     "remainder": lambda x: lax.rem(x, jnp.full_like(x, 0.3)),
     "integers": lambda x: (3 * x).astype(jnp.int32) // 2 + (x > 0).astype(jnp.int32),
+    "bools": lambda x: jnp.where(x > 0, x > 1, x < -1) != (x < 0.5),
+    "bits": lambda x: (x.astype(jnp.int32) & 3) | ~x.astype(jnp.int32),
+    "counts": lambda x: jnp.sum(x.astype(jnp.int32), 1) // 7 + jnp.cumsum(x > 0, axis=1)[:, 0],
     "softmax": lambda x: jax.nn.softmax(x, axis=-1),
     "log_softmax": lambda x: jax.nn.log_softmax(x, axis=-1),
     "stop": lambda x: lax.stop_gradient(x) + lax.reduce_precision(x, 8, 23),
@@ -124,6 +128,9 @@ VIEWS = {
     "cumsum": lambda x: jnp.cumsum(x, 1) + lax.cumsum(x, 2, reverse=True),
     "iota": lambda x: x * jnp.arange(4, dtype=jnp.float32).reshape(1, 1, 1, 4),
     "rows_numbered": lambda x: x[..., 0, 0] + jnp.arange(x.shape[0])[:, None].astype(jnp.float32),
+    "computed_sizes": lambda x: (
+        jnp.arange(2 * x.shape[0] + 1) + jnp.asarray(x.shape[0] % 2 - x.shape[0] // 2, jnp.int32)
+    ),
     "size": lambda x: x * jnp.asarray(x.shape[0], jnp.float32) + jnp.mean(x),
     "max_pool": lambda x: lax.reduce_window(
         x, -jnp.inf, lax.max, (1, 3, 2, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (0, 0), (0, 0))
@@ -213,6 +220,17 @@ def test_products(name, known, tmp_path):
     fn = lambda p, x: jnp.einsum(spec, *((p["w"], x) if first else (x, p["w"])))
     free = "b" not in spec.split("->")[0].split(",")[0 if first else 1]
     check(fn, params, x, tmp_path=tmp_path, shapes="batch, ..." if free else None)
+
+
+def test_products_of_other_dtypes(tmp_path):
+    w = jnp.asarray(np.arange(-6, 6).reshape(4, 3), jnp.int8)
+    fn = lambda p, x: lax.dot_general(
+        x.astype(jnp.int8), p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    check(fn, {"w": w}, 40 * normal(5, 4), tmp_path=tmp_path)
+    half = lambda p, x: jnp.tanh(x.astype(jnp.float16) @ p["w"]).astype(jnp.float32)
+    params = {"w": normal(4, 3).astype(jnp.float16)}
+    check(half, params, normal(5, 4), tmp_path=tmp_path, atol=1e-2)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
@@ -357,6 +375,19 @@ def test_a_failed_export_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="no lowering"):
         jc.export.onnx(lambda p, x: jnp.sort(x), EMPTY, normal(2, 3), path=path)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_too_large_for_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "_MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="2 GiB, the constants have 144 bytes"):
+        jc.export.onnx(lambda p, x: x @ p, normal(6, 6), normal(2, 6), path=tmp_path / "f.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_that_no_input_has(tmp_path):
+    fn = lambda p, x: x + jnp.arange(x.shape[0] // 2).astype(jnp.float32).sum()
+    with pytest.raises(ValueError, match="'half' is no size of an input by itself"):
+        jc.export.onnx(fn, EMPTY, normal(4), path=tmp_path / "f.onnx", shapes="2*half")
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from jaxcompress.graph.equations import Equation
 def _conv(low: Lowering, e: Equation) -> None:
     p = e.eqn.params
     numbers = p["dimension_numbers"]
+    if len({low.avals[n].dtype for n in (*e.operands, *e.outputs)}) > 1:
+        raise low.refuse(e, "its result has another dtype")
     if p["batch_group_count"] != 1:
         raise low.refuse(e, "groups along the batch are not lowered")
     if not is_static([n for pair in p["padding"] for n in pair]):

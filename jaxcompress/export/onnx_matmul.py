@@ -9,7 +9,7 @@ from jaxcompress.export.onnx_codes import Codes, expanded
 from jaxcompress.export.onnx_graph import MICROSOFT
 from jaxcompress.export.onnx_lower import Lowering, Tensor
 from jaxcompress.export.onnx_quantized import bias_constant, dequantized
-from jaxcompress.export.onnx_rules import rule
+from jaxcompress.export.onnx_rules import onnx_kind, rule
 from jaxcompress.export.onnx_views import flattened
 from jaxcompress.graph.equations import Equation
 
@@ -20,7 +20,8 @@ _FLOAT_KERNEL, _INT8_KERNEL = 1, 4  # accuracy levels of MatMulNBits
 def _dot(low: Lowering, e: Equation) -> None:
     contracted, batch = e.eqn.params["dimension_numbers"]
     known = [low.known(n) is not None for n in e.operands]
-    if any(known) and not batch[0]:
+    kinds = {low.avals[n].dtype for n in (*e.operands, *e.outputs)}
+    if any(known) and not batch[0] and len(kinds) == 1:
         return _linear(low, e, side=1 if known[1] else 0)
     free = [
         [a for a in range(len(low.shape(n))) if a not in (*c, *b)]
@@ -32,7 +33,10 @@ def _dot(low: Lowering, e: Equation) -> None:
     ones = [1] * lead
     left = flattened(low, tensors[0], [*ones, len(free[0]), depth])
     right = flattened(low, tensors[1], [*ones, depth, len(free[1])])
-    name = low.emit("MatMul", [left.name, right.name])
+    names = [left.name, right.name]
+    if len(kinds) > 1:
+        names = [low.emit("Cast", [n], to=onnx_kind(low.avals[e.outputs[0]].dtype)) for n in names]
+    name = low.emit("MatMul", names)
     out = low.shape(e.outputs[0])
     shape = (*left.shape[: lead + 1], right.shape[-1])
     low.put(e.outputs[0], low.dims.reshape(name, shape, out))

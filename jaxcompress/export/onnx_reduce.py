@@ -42,7 +42,8 @@ def _sum(low: Lowering, e: Equation) -> None:
     op = {"reduce_sum": "ReduceSum", "reduce_prod": "ReduceProd"}[e.primitive]
     _put(low, e, _reduce(low, x, op, axes))
     sizes = [low.shape(e.operands[0])[axis] for axis in axes]
-    if e.primitive == "reduce_sum" and axes and is_static(sizes):
+    is_float = jnp.issubdtype(low.avals[e.outputs[0]].dtype, jnp.floating)
+    if e.primitive == "reduce_sum" and axes and is_float and is_static(sizes):
         count = math.prod(sizes)
         low.sums[e.outputs[0]] = count, lambda: _reduce(low, x, "ReduceMean", axes)
 

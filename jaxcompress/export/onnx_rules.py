@@ -136,7 +136,15 @@ def _clamp(low: Lowering, e: Equation) -> None:
 def _select(low: Lowering, e: Equation) -> None:
     if low.avals[e.operands[0]].dtype != bool or len(e.operands) != 3:
         raise low.refuse(e, "only a choice of two by bools is lowered")
-    together(low, e, lambda names: low.emit("Where", [names[0], names[2], names[1]]))
+    bools = low.avals[e.outputs[0]].dtype == bool
+    choose = _chosen_bool if bools else lambda low, c, no, yes: low.emit("Where", [c, yes, no])
+    together(low, e, lambda names: choose(low, *names))
+
+
+def _chosen_bool(low: Lowering, which: str, no: str, yes: str) -> str:
+    # ONNX Runtime has no Where of bools.
+    other = low.emit("And", [low.emit("Not", [which]), no])
+    return low.emit("Or", [low.emit("And", [which, yes]), other])
 
 
 @rule("convert_element_type")

@@ -1,5 +1,6 @@
 """Sizes that are known only when the network runs, as tensors of an ONNX graph."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ class Dims:
         if isinstance(size, int | np.integer):
             return self._graph.constant(np.array([size], np.int64))
         values = {name: _Size(self._graph, self._symbol(name)) for name in self._symbols}
+        for name in re.findall(r"[A-Za-z_]\w*", str(size)):
+            if name not in (*values, "floordiv", "mod"):
+                raise ValueError(
+                    f"export.onnx: {name!r} is no size of an input by itself, so that {size} is "
+                    "not known while the network runs; name the sizes themselves in `shapes`"
+                )
         found = compat.dimension(size, values)
         return found.name if isinstance(found, _Size) else self.one(int(found))
 
@@ -95,6 +102,9 @@ class _Size:
 
     def __mod__(self, other: Any) -> "_Size":
         return self._with("Mod", other)
+
+    def __divmod__(self, other: Any) -> "tuple[_Size, _Size]":
+        return self // other, self % other
 
     def __pow__(self, power: int) -> "_Size":
         result = self
