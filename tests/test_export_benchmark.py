@@ -15,6 +15,7 @@ from jaxcompress.export.sessions import example, session
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("ai_edge_litert")
+pytest.importorskip("litert_converter")
 
 
 def apply_fn(params, x):
