@@ -9,7 +9,7 @@ have 8 bits, and the winner is trained with its grids. Limits: bytes of weights,
 the cost model of the device; the sites are the convolutions and the last layer. Planned and trained
 on training images; top-1 of the packed file, read back, on 10,000 test images.
 About half an hour on two CPU cores.
-Results: experiments/results/mcu_cifar10.json, the plan beside it.
+Result: experiments/results/mcu_cifar10.json; with --out plan and packed file lie beside it.
 """
 
 import dataclasses

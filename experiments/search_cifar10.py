@@ -9,7 +9,7 @@ the least sum of the divergences that one layer alone causes, exactly, and of th
 plans the one that diverges least. Budgets are what --bits everywhere would take; uniform_k is the
 largest uniform width within the budget, plan_k the plan. Top-1 on 10,000 test images, whose
 standard error is 0.3. About 15 minutes on two CPU cores.
-Result: experiments/results/search_cifar10.json, the plans beside it.
+Result: experiments/results/search_cifar10.json; with --out the plans lie beside it.
 """
 
 import dataclasses
