@@ -109,8 +109,10 @@ def compress(
             if training is not None:
                 part = training.part(0.5 / narrower)
                 tree = finetune(fn, tree, part, teacher=teacher, progress=progress).params
-        search = Search(fn, tree, listed, device=device, progress=progress, **how)
         try:
+            search = Search(
+                fn, tree, listed, device=device, budget=budget, progress=progress, **how
+            )
             found = search.apply(search.plans(budget, candidates=candidates)[0])
         except Infeasible as error:
             misses.append(f"{100 * share:g} % of the MACs: {error}")

@@ -77,11 +77,13 @@ class Search:
       sites: a regular expression on the leaves that are searched; others stay as they are.
       fitted: whether weights are fitted to the outputs on the batches; False: rounded to nearest,
         for batches that are not of the data.
+      budget: limits that are known already: if no plan meets them, nothing is measured.
       cache: as `sensitivity`.
       progress: wraps the layers of GPTQ and the evaluations.
 
     Raises:
       ValueError: as `gptq`, `sensitivity` and `cost.estimate`.
+      Infeasible: no plan meets `budget`.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Search:
         metric: str = "kl",
         sites: str = ".*",
         fitted: bool = True,
+        budget: Budget | None = None,
         cache: str | os.PathLike[str] | None = None,
         progress: Progress = iter,
     ):
@@ -125,6 +128,9 @@ class Search:
             )  # fmt: skip
             views[name] = made.apply(weights, state)
             self._packed[name] = made.pack(weights, state)
+        self.problem = self._costs()
+        if budget is not None:
+            allocate(self.problem, budget)
         self._evaluator = Evaluator(
             apply_fn,
             params,
@@ -135,7 +141,7 @@ class Search:
             sites="|".join(re.escape(site) for site in self.sites),
         )
         self.sensitivity: Sensitivity = self._evaluator.sweep(cache=cache, progress=progress)
-        self.problem = self._problem()
+        self.problem = self._with_losses(self.sensitivity.increase(metric))
 
     @property
     def device_name(self) -> str:
@@ -216,9 +222,15 @@ class Search:
     def _cost(self, packed: Any, form: Format | None) -> Cost:
         return estimate(self.apply_fn, packed, *self.example, device=self.device, activations=form)
 
-    def _problem(self) -> Problem:
-        """Costs of a site are those of its layers where all sites have the option."""
-        increase = self.sensitivity.increase(self.metric)
+    def _with_losses(self, increase: Mapping[str, Mapping[str, float]]) -> Problem:
+        sites = {
+            site: {name: Choice(increase[site][name], c.costs) for name, c in choices.items()}
+            for site, choices in self.problem.sites.items()
+        }
+        return dataclasses.replace(self.problem, sites=sites)
+
+    def _costs(self) -> Problem:
+        """Without losses; costs of a site are those of its layers where all have the option."""
         choices: dict[str, dict[str, Choice]] = {site: {} for site in self.sites}
         fixed = dict.fromkeys((*COSTS, PEAK), 0.0)
         for option, tree in self._packed.items():
@@ -234,7 +246,7 @@ class Search:
                 if costs is not None:
                     costs[PEAK] = max(costs[PEAK], layer.live_bytes)
             for site in self.sites:
-                choices[site][option] = Choice(increase[site][option], own[site])
+                choices[site][option] = Choice(0.0, own[site])
             # Of what is no site, the most under any option: sums may not fall short.
             fixed = {n: max(v, rest.get(n, cost.peak_bytes)) for n, v in fixed.items()}
         return Problem(choices, fixed=fixed)
