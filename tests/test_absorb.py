@@ -13,6 +13,8 @@ from jaxcompress.graph.absorb import absorbable, channels_of, ranges, rescale
 from jaxcompress.graph.matrices import layers
 from jaxcompress.graph.normalizations import normalizations
 
+pytestmark = pytest.mark.broad
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)

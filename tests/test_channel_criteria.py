@@ -19,6 +19,8 @@ from jaxcompress.prune.filters import (
     slimming_penalty,
 )
 
+pytestmark = pytest.mark.broad
+
 RNG = np.random.default_rng(0)
 
 

@@ -21,6 +21,8 @@ from jaxcompress.export import container, entropy_bytes, file_size, inspect, loa
 from jaxcompress.export.stream import quantize_file
 from jaxcompress.formats import integer, k_means
 
+pytestmark = pytest.mark.broad
+
 MIB = 2**20
 
 

@@ -12,6 +12,8 @@ from _distill import agrees, bounded, largest_gradient, normal
 
 from jaxcompress import distill
 
+pytestmark = pytest.mark.broad
+
 MAP = (2, 3, 3, 4)
 
 

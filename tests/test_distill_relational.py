@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress import distill
 
+pytestmark = pytest.mark.broad
+
 
 def f32(x):
     return jnp.asarray(x, jnp.float32)

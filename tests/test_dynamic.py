@@ -17,6 +17,8 @@ from jaxcompress.prune.grow import Cosine, rewire
 from jaxcompress.prune.optimizer import dynamic_optimizer
 from jaxcompress.prune.phases import ac_dc, alternating
 
+pytestmark = pytest.mark.broad
+
 KEY = jax.random.key(3)
 STEPS = 12
 

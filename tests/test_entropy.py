@@ -16,6 +16,8 @@ from jaxcompress.prune import entropy as en
 from jaxcompress.prune import taps
 from jaxcompress.prune.entropy import activation_entropy
 
+pytestmark = pytest.mark.broad
+
 RNG = np.random.default_rng(0)
 B = 30
 

@@ -13,6 +13,8 @@ from jaxcompress.cli_models import function, shaped
 from jaxcompress.export.benchmark import outputs
 from jaxcompress.export.sessions import example, session
 
+pytestmark = pytest.mark.broad
+
 pytest.importorskip("onnxruntime")
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("litert_converter")

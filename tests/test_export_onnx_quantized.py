@@ -16,6 +16,8 @@ import jaxcompress as jc
 from jaxcompress.export.marks import mark
 from jaxcompress.export.onnx_codes import Codes, of_leaf
 
+pytestmark = pytest.mark.broad
+
 integer = jc.formats.integer
 
 

@@ -12,6 +12,8 @@ from jaxcompress.core.packed import mask_leaf, unpack
 from jaxcompress.core.pytrees import packed_bytes
 from jaxcompress.quantize import FastMatrix, fast_matmul, fast_matrix, matmul_layout
 
+pytestmark = pytest.mark.broad
+
 
 def normal(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)

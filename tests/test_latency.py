@@ -16,6 +16,8 @@ from jaxcompress import cost
 from jaxcompress.core import packed
 from jaxcompress.cost.latency import Load, timing
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.fixture
 def hand(tmp_path):

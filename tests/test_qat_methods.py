@@ -14,6 +14,8 @@ from jaxcompress import quantize
 from jaxcompress.formats import integer
 from jaxcompress.quantize.qat.a2q import toward_zero
 
+pytestmark = pytest.mark.broad
+
 f64 = lambda x: np.asarray(x, np.float64)
 f32 = lambda x: jnp.asarray(x, jnp.float32)
 

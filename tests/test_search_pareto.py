@@ -9,6 +9,8 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.search import Budget, Choice, Problem, allocate, evolve, front, greedy
 
+pytestmark = pytest.mark.broad
+
 
 def random_problem(rng, layers, choices, costs, *, whole=True):
     """Random losses and costs; whole numbers of few values, so that there are ties."""
