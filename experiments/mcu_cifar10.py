@@ -8,7 +8,7 @@ the blocks, fitted, fine-tuned); every layer gets its bits and zeros by an exact
 have 8 bits, and the winner is trained with its grids. Limits: bytes of weights, latency, energy, by
 the cost model of the device; the sites are the convolutions and the last layer. Planned and trained
 on training images; top-1 of the packed file, read back, on 10,000 test images.
-About half an hour on two CPU cores.
+About 25 minutes on two CPU cores.
 Result: experiments/results/mcu_cifar10.json; with --out plan and packed file lie beside it.
 """
 
@@ -48,7 +48,7 @@ class Args(Options):
     """Bits of the options."""
     images: int = 512
     """Training images to fit and to plan on."""
-    steps: int = 2000
+    steps: int = 1200
     """Steps of training, 128 images each, in all."""
     learning_rate: float = 0.01
     """At the start of each training."""

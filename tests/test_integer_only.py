@@ -534,3 +534,23 @@ def test_formats_and_codes_that_cannot_be():
         program.simulate(jnp.zeros((0, 3), jnp.uint8))
     with pytest.raises(TypeError, match=r"quantize_input\(x\): must be floating point, got int32"):
         program.quantize_input(jnp.ones((2, 3), jnp.int32))
+
+
+def test_accumulators_rounded_once_are_the_nearest_codes():
+    rng = np.random.default_rng(5)
+    w, x = rng.normal(size=(64, 8)), jnp.asarray(rng.normal(size=(200, 64)), jnp.float32)
+    program = jc.quantize.integer_only(lambda p, x: x @ p, jnp.asarray(w, jnp.float32), [x])
+    codes = program.quantize_input(x)
+    c, (first, last) = program.constants[0], program.grids
+    q = np.asarray(codes, np.int64) - int(first.qparams.zero_point)
+    scale = np.asarray(program.weight_scales[0], np.float64).reshape(-1)
+    real = q @ np.asarray(c["weight"], np.int64) * (float(first.qparams.scale) * scale)
+    steps = real / float(last.qparams.scale)
+    want = np.clip(np.rint(steps) + int(last.qparams.zero_point), 0, 255)
+    once = program.simulate(codes, rounding="once")
+    sure = np.abs(steps - np.floor(steps) - 0.5) > 1e-6
+    np.testing.assert_array_equal(once[sure], want[sure])
+    twice = program.simulate(codes).astype(int)
+    assert 0 < (once != twice).sum() and np.abs(once - twice).max() == 1
+    with pytest.raises(ValueError, match="'twice' or 'once'"):
+        program.simulate(codes, rounding="never")

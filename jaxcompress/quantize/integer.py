@@ -19,8 +19,9 @@ from jaxcompress.quantize.integer_check import assert_integer_only, float_operat
 from jaxcompress.quantize.integer_constants import Node, build
 from jaxcompress.quantize.integer_lower import Plan, lower
 from jaxcompress.quantize.integer_run import run_node
-from jaxcompress.quantize.integer_simulate import simulate_node
+from jaxcompress.quantize.integer_simulate import rounded_once, simulate_node
 from jaxcompress.quantize.integer_trace import Flat, flatten, grids
+from jaxcompress.quantize.requantize import rounded_product
 
 __all__ = [
     "IntegerProgram",
@@ -88,18 +89,27 @@ class IntegerProgram:
             tensors.append(run_node(node, constants, *inputs))
         return tuple(tensors)
 
-    def simulate(self, codes: Any) -> np.ndarray:
-        """What `run` must give, computed in floating point on the host; not for `jit`."""
-        return self.simulate_every(codes)[self.output]
+    def simulate(self, codes: Any, *, rounding: str = "twice") -> np.ndarray:
+        """What `run` must give, computed in floating point on the host; not for `jit`.
 
-    def simulate_every(self, codes: Any) -> tuple[np.ndarray, ...]:
+        Args:
+          codes: as for `run`.
+          rounding: of an accumulator: "twice", as `run` does; or "once", to the nearest code, as
+            runtimes do that bring it to the next grid in float32 (ONNX Runtime, XNNPACK).
+        """
+        return self.simulate_every(codes, rounding=rounding)[self.output]
+
+    def simulate_every(self, codes: Any, *, rounding: str = "twice") -> tuple[np.ndarray, ...]:
         """As `simulate`: the codes of every tensor."""
+        products = {"twice": rounded_product, "once": rounded_once}
+        if rounding not in products:
+            raise ValueError(f"simulate(rounding): 'twice' or 'once', got {rounding!r}")
         self._check_codes("simulate(codes)", codes)
         tensors = [np.asarray(codes)]
         for node, constants in zip(self.nodes, self.constants, strict=True):
             numbers = {key: np.asarray(value) for key, value in constants.items()}
             inputs = (tensors[number] for number in node.inputs)
-            tensors.append(simulate_node(node, numbers, *inputs))
+            tensors.append(simulate_node(node, numbers, *inputs, product=products[rounding]))
         return tuple(tensors)
 
     def dequantize(self, codes: Any) -> Array:

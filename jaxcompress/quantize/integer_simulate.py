@@ -8,6 +8,7 @@ rounded by their definition.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,17 @@ from jaxcompress.quantize.requantize import rounded_product
 _EXACT = 2**24  # integers up to here are float32
 
 
-def simulate_node(node: Node, c: dict[str, np.ndarray], *inputs: np.ndarray) -> np.ndarray:
+Product = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def rounded_once(acc: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """acc * multiplier * 2**(shift - 31), float64, rounded once to the nearest, ties to even."""
+    return np.rint(acc * (multiplier * 2.0 ** (shift.astype(np.float64) - 31)))
+
+
+def simulate_node(
+    node: Node, c: dict[str, np.ndarray], *inputs: np.ndarray, product: Product = rounded_product
+) -> np.ndarray:
     """The codes of a step's tensor, in the dtype of its inputs' codes."""
     steps = [
         q.astype(np.float32) - z.astype(np.float32) for q, z in zip(inputs, c["zeros"], strict=True)
@@ -34,7 +45,7 @@ def simulate_node(node: Node, c: dict[str, np.ndarray], *inputs: np.ndarray) -> 
             result = np.asarray(_moved(node.bare, steps, fill), np.float64)
     else:
         acc = _accumulator(node, c, steps) + c["bias"].astype(np.float64)
-        result = rounded_product(acc, c["multiplier"], c["shift"])
+        result = product(acc, c["multiplier"], c["shift"])
     codes = np.clip(result + zero, float(c["low"]), float(c["high"]))
     return codes.astype(inputs[0].dtype)
 
