@@ -1,5 +1,6 @@
 """Evaluates a function again and lets a visitor see or change what enters its contractions."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,13 @@ from jaxcompress.graph.trace import Program, trace_program
 
 States = dict[str, Any]
 Visit = Callable[[Tap, jax.Array, Any], tuple[jax.Array, Any]]
+Compute = Callable[[list[Any]], list[Any]]
+Around = Callable[[Tap, Compute, list[Any], Any], tuple[list[Any], Any]]
 
 
-def walk(fn: Callable[..., Any], visit: Visit) -> Callable[..., tuple[Any, States]]:
+def walk(
+    fn: Callable[..., Any], visit: Visit, *, around: Around | None = None
+) -> Callable[..., tuple[Any, States]]:
     """`fn`, with a visitor at the activation operands of its contractions.
 
     Returns `walked(states, params, *inputs) -> (fn's results, states)`, a pure function for jit,
@@ -31,6 +36,10 @@ def walk(fn: Callable[..., Any], visit: Visit) -> Callable[..., tuple[Any, State
     states of the other branch alone; a `while` carries states from trip to trip. In the body of a
     `custom_jvp` or `custom_vjp` function the author's derivative stays in force, at the function's
     own arguments: what a visitor does there has no gradient, and states are constants.
+
+    `around(tap, compute, operands, state) -> (results, state)` takes the place of a contraction,
+    after its taps were seen: it may give `compute(operands)`, or what it knows already. It is
+    called with the first of the contraction's taps that is visited.
 
     Jit the walked function: it traces `fn` at every call.
 
@@ -52,7 +61,7 @@ def walk(fn: Callable[..., Any], visit: Visit) -> Callable[..., tuple[Any, State
         program = trace_program(fn, params, *inputs)
         check_states(states, program)
         main = compat.body(program.closed)
-        walker = _Walker(program, visit, frozenset(states))
+        walker = _Walker(program, visit, around, frozenset(states))
         values = jax.tree.leaves((params, *inputs))
         results, new_states = walker.run(main, values, dict(states), ())
         return jax.tree.unflatten(jax.tree.structure(program.graph.out), results), new_states
@@ -63,8 +72,10 @@ def walk(fn: Callable[..., Any], visit: Visit) -> Callable[..., tuple[Any, State
 class _Walker:
     """Evaluates jaxprs; enters those that hold a visited tap, leaves all other code as it is."""
 
-    def __init__(self, program: Program, visit: Visit, names: frozenset[str]):
-        self.visit = visit
+    def __init__(
+        self, program: Program, visit: Visit, around: Around | None, names: frozenset[str]
+    ):
+        self.visit, self.around = visit, around
         self.taps: dict[Place, list[Tap]] = {}
         self.inside: dict[Place, list[str]] = {}  # names of the visited taps under a place
         for place, taps in program.places.items():
@@ -95,10 +106,17 @@ class _Walker:
                     results, inner = self._enter(eqn, operands, inner, here)
                 states.update(inner)
             else:
-                for tap in self.taps.get(here, ()):
+                taps = self.taps.get(here, ())
+                for tap in taps:
                     x = operands[tap.operand]
                     operands[tap.operand], states[tap.name] = self._see(tap, x, states[tap.name])
-                results = compat.evaluate(eqn, operands)
+                compute = functools.partial(compat.evaluate, eqn)
+                if taps and self.around is not None:
+                    name = taps[0].name
+                    answer = self.around(taps[0], compute, operands, states[name])
+                    results, states[name] = answer
+                else:
+                    results = compute(operands)
             known.update(zip(eqn.outvars, results, strict=True))
             for v in last.get(number, ()):
                 known.pop(v, None)

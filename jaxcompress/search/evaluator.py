@@ -17,15 +17,18 @@ from jaxcompress.distill import fingerprint
 from jaxcompress.formats import Format
 from jaxcompress.graph import trace
 from jaxcompress.graph.capture import check_batches
+from jaxcompress.graph.trace import trace_program
 from jaxcompress.quantize.calibrate import Calibrator, min_max
 from jaxcompress.search.measured import KINDS, Metric, Sensitivity, Values, kl
 from jaxcompress.search.program import Program
+from jaxcompress.search.reuse import reuse
 
 
 class Evaluator:
     """Metrics of a network with any choice of options per site; arguments as `sensitivity`.
 
-    Two programs are compiled, one here and one at the first `measure`.
+    Two programs are compiled, one here and one at the first `measure`. The results of contractions
+    as they were are kept, up to 1 GiB, and what a change does not reach is not computed again.
 
     Attributes:
       sites: names of the leaves; names of the taps.
@@ -55,6 +58,7 @@ class Evaluator:
         for name, tree in given.items():
             _check_same(f"weights[{name!r}]", tree, params)
         order = tuple(chosen[0])
+        self._reuse = reuse(trace_program(apply_fn, params, *listed[0]), len(listed))
         self._program = Program(
             apply_fn,
             recipes,
@@ -63,6 +67,7 @@ class Evaluator:
             calibrate or min_max(),
             metrics or {"kl": kl},
             names,
+            self._reuse.kept,
         )
         self._inputs = params, given, listed, labels
         self.sites = tuple(names[0]), tuple(names[1])
@@ -84,6 +89,7 @@ class Evaluator:
                 KINDS, self.sites, self.options, (weights, activations), strict=True
             )
         )
+        choice += (self._reuse.stale(weights or (), activations or ()),)
         values = self._evaluate(self._inputs[0], self._prepared, choice)
         return {name: float(value) for name, value in jax.device_get(values).items()}
 
@@ -114,6 +120,7 @@ class Evaluator:
     def fingerprint(self) -> str:
         """SHA-256 of function, parameters, data and options."""
         nothing = tuple(dict.fromkeys(names, 0) for names in self.sites)
+        nothing += (self._reuse.stale((), ()),)
         return fingerprint.of_parts(
             {
                 "arrays": fingerprint.of_arrays(self._inputs),

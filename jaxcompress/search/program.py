@@ -21,7 +21,8 @@ from jaxcompress.search.measured import Metric
 class Prepared(NamedTuple):
     views: dict[str, Array]  # [1 + options, *shape] for every site, the weights themselves first
     grids: list[dict[str, Any]]  # one for every option: {tap: Grid}
-    batches: Any  # (inputs, outputs as they were, targets), each [batches, ...]
+    # (inputs, outputs as they were, targets, {tap: result of its contraction}), [batches, ...]
+    batches: Any
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Program:
     calibrate: Calibrator
     metrics: Mapping[str, Metric]
     names: tuple[list[str], dict[str, tuple[int, ...]]]  # leaves; taps with their scans
+    kept: Mapping[str, jax.ShapeDtypeStruct]  # {tap: result of its contraction} that is reused
 
     def prepare(self, params: Any, given: dict[str, Any], batches: Any, targets: Any) -> Prepared:
         """All options of all weights, all grids, and the outputs as they were."""
@@ -51,8 +53,19 @@ class Program:
         return Prepared(
             {path: jnp.stack(leaves) for path, leaves in views.items()},
             self._grids(params, inputs),
-            (inputs, reference, stack(targets)),
+            (
+                inputs,
+                reference,
+                stack(targets),
+                lax.map(lambda x: self._results(params, x), inputs),
+            ),
         )
+
+    def _results(self, params: Any, inputs: Any) -> dict[str, Array]:
+        """The results of the contractions that are kept."""
+        empty = {tap: jnp.zeros(out.shape, out.dtype) for tap, out in self.kept.items()}
+        walked = walk(self.apply_fn, lambda tap, x, state: (x, state), around=_kept)
+        return walked(empty, params, *inputs)[1]
 
     def _grids(self, params: Any, batches: Any) -> list[dict[str, Any]]:
         if not self.activations:
@@ -75,27 +88,48 @@ class Program:
         view = treedef.unflatten(
             [chosen.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         )
-        states = {
+        snapped = {
             tap: (
                 jnp.broadcast_to(choice[1][tap], loops),
                 [grids[tap] for grids in prepared.grids],
             )
             for tap, loops in self.names[1].items()
         }
-        walked = walk(self.apply_fn, _snapped) if states else None
+        walked = walk(self.apply_fn, _snapped, around=_reused)
 
         def one(batch: Any) -> dict[str, Array]:
-            inputs, reference, labels = batch
-            if walked is None:
-                outputs = self.apply_fn(view, *inputs)
-            else:
-                outputs = walked(states, view, *inputs)[0]
+            inputs, reference, labels, kept = batch
+            states = {
+                tap: (snapped.get(tap, ()), (choice[2][tap], kept[tap]) if tap in kept else ())
+                for tap in {**snapped, **kept}
+            }
+            outputs = walked(states, view, *inputs)[0]
             return {name: fn(outputs, reference, labels) for name, fn in self.metrics.items()}
 
         values = lax.map(one, prepared.batches)
         return jax.tree.map(lambda x: jnp.mean(x.astype(jnp.float32)), values)
 
 
-def _snapped(tap: Any, x: Array, state: tuple[Array, list[Any]]) -> tuple[Array, Any]:
-    index, grids = state
+State = tuple[Any, Any]  # how a tap's input is snapped; what is known of its contraction
+
+
+def _snapped(tap: Any, x: Array, state: State) -> tuple[Array, State]:
+    del tap
+    if state[0] == ():
+        return x, state
+    index, grids = state[0]
     return lax.switch(index, [lambda x: x, *(grid.snap for grid in grids)], x), state
+
+
+def _kept(tap: Any, compute: Any, operands: Any, state: Array) -> tuple[list[Array], Array]:
+    del tap, state
+    results = compute(operands)
+    return results, results[0]
+
+
+def _reused(tap: Any, compute: Any, operands: Any, state: State) -> tuple[list[Array], State]:
+    del tap
+    if state[1] == ():
+        return compute(operands), state
+    stale, known = state[1]
+    return lax.cond(stale, compute, lambda _: [known], operands), state
