@@ -38,7 +38,7 @@ class Args(Options):
     """Training images to plan on."""
     candidates: int = 32
     """Plans that are measured for a budget."""
-    bits: tuple[float, ...] = (2, 2.5, 3, 4, 6)
+    bits: tuple[float, ...] = (2, 2.5, 3, 3.5, 4)
     """Budgets: bits per weight, on average, beside the scales and biases."""
     device: str = "stm32h743"
     """Device of the costs."""
