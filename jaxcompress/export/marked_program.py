@@ -13,7 +13,7 @@ from jaxcompress.export.marks import mark, mark_grid
 from jaxcompress.formats.integer import Integer
 from jaxcompress.quantize.integer import IntegerProgram
 from jaxcompress.quantize.integer_constants import ADD_HEADROOM, MOVES, Node
-from jaxcompress.quantize.integer_run import moved, over_windows
+from jaxcompress.quantize.integer_run import convolved, moved, over_windows
 
 
 def marked_program(program: IntegerProgram) -> Callable[[Array], Array]:
@@ -109,20 +109,7 @@ def _contraction(node: Node, codes: np.ndarray, scale: np.ndarray, x: Array) -> 
     )  # fmt: skip
     if node.kind == "dot":
         return _product(x, weight, node.get("dimension_numbers"), node.get("side"))
-    rank = weight.ndim
-    kernel = (rank - 1, rank - 2, *range(rank - 2))  # out, in, *space
-    return lax.conv_general_dilated(
-        x,
-        weight,
-        node.get("strides"),
-        node.get("padding"),
-        lhs_dilation=node.get("lhs_dilation"),
-        rhs_dilation=node.get("rhs_dilation"),
-        dimension_numbers=lax.ConvDimensionNumbers(
-            node.get("lhs_spec"), kernel, node.get("out_spec")
-        ),
-        feature_group_count=node.get("groups"),
-    )
+    return convolved(node, x, weight)
 
 
 def _product(x: Array, weight: Array, numbers: Any, side: int) -> Array:

@@ -102,6 +102,25 @@ def moved(node: Node, inputs: Sequence[Any], fill: Any) -> Array:
     return x
 
 
+def convolved(node: Node, x: Any, weight: Any, *, precision: Any = None) -> Array:
+    """A step's convolution of floats, weight [*space, in, out]."""
+    rank = weight.ndim
+    kernel = (rank - 1, rank - 2, *range(rank - 2))  # out, in, *space
+    return lax.conv_general_dilated(
+        x,
+        weight,
+        node.get("strides"),
+        node.get("padding"),
+        lhs_dilation=node.get("lhs_dilation"),
+        rhs_dilation=node.get("rhs_dilation"),
+        dimension_numbers=lax.ConvDimensionNumbers(
+            node.get("lhs_spec"), kernel, node.get("out_spec")
+        ),
+        feature_group_count=node.get("groups"),
+        precision=precision,
+    )
+
+
 def _int8(codes: Array, zero: Array) -> tuple[Array, Array]:
     # Codes and zero point as int8: unsigned ones less 128.
     if codes.dtype == jnp.int8:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxcompress.quantize.integer_constants import ADD_HEADROOM, MOVES, Node
-from jaxcompress.quantize.integer_run import moved, over_windows
+from jaxcompress.quantize.integer_run import convolved, moved, over_windows
 from jaxcompress.quantize.requantize import rounded_product
 
 _EXACT = 2**24  # integers up to here are float32
@@ -116,18 +116,4 @@ def _contract(weight: Any, x: Any, *, node: Node) -> jax.Array:
         operands = (x, weight) if node.get("side") == 1 else (weight, x)
         numbers = node.get("dimension_numbers")
         return lax.dot_general(*operands, numbers, precision=lax.Precision.HIGHEST)
-    rank = weight.ndim
-    numbers = lax.ConvDimensionNumbers(
-        node.get("lhs_spec"), (rank - 1, rank - 2, *range(rank - 2)), node.get("out_spec")
-    )
-    return lax.conv_general_dilated(
-        x,
-        weight,
-        node.get("strides"),
-        node.get("padding"),
-        lhs_dilation=node.get("lhs_dilation"),
-        rhs_dilation=node.get("rhs_dilation"),
-        dimension_numbers=numbers,
-        feature_group_count=node.get("groups"),
-        precision=lax.Precision.HIGHEST,
-    )
+    return convolved(node, x, weight, precision=lax.Precision.HIGHEST)

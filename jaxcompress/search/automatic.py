@@ -15,12 +15,12 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.cost.device import Device
 from jaxcompress.formats import parse
 from jaxcompress.graph.capture import check_batches
+from jaxcompress.graph.layerwise import Progress
 from jaxcompress.prune.given import fixed
 from jaxcompress.quantize.ptq import recipe
 from jaxcompress.search.allocation import Infeasible
 from jaxcompress.search.finetune import Training, finetune
 from jaxcompress.search.measured import Metric, cross_entropy, kl
-from jaxcompress.search.options import Progress
 from jaxcompress.search.problem import Budget
 from jaxcompress.search.searcher import Compressed, Search
 from jaxcompress.search.widths import narrow

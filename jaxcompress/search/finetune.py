@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import optax
 
 from jaxcompress.core.compressor import Compressor, identity
 from jaxcompress.formats import Format
+from jaxcompress.graph.layerwise import Progress
 from jaxcompress.prune.optimizer import masked_optimizer
 from jaxcompress.quantize.activations import activations as quantize_activations
 from jaxcompress.quantize.calibrate import moving_average
@@ -25,7 +26,6 @@ from jaxcompress.train.state import TrainState, create
 from jaxcompress.train.step import hinton_loss, make_step, stateless
 
 _TIMED = 3  # steps from which the seconds of one are taken
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)

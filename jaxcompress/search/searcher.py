@@ -17,13 +17,14 @@ from jaxcompress.cost.result import Cost
 from jaxcompress.formats import Format, parse
 from jaxcompress.graph import trace
 from jaxcompress.graph.capture import check_batches
+from jaxcompress.graph.layerwise import Progress
 from jaxcompress.quantize.activations import activations as quantize_activations
 from jaxcompress.quantize.activations import calibrate_activations, with_activations
 from jaxcompress.quantize.ptq import Spec
 from jaxcompress.search.allocation import allocate, rerank
 from jaxcompress.search.evaluator import Evaluator
 from jaxcompress.search.measured import Metric, Sensitivity
-from jaxcompress.search.options import Option, Progress, as_options, stored
+from jaxcompress.search.options import Option, as_options, stored
 from jaxcompress.search.plan import Plan
 from jaxcompress.search.problem import PEAK, Budget, Choice, Problem
 
