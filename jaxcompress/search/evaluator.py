@@ -15,7 +15,7 @@ from jaxcompress.core.files import replacing
 from jaxcompress.core.paths import leaves_with_paths, near_misses
 from jaxcompress.distill import fingerprint
 from jaxcompress.formats import Format
-from jaxcompress.graph import trace
+from jaxcompress.graph import Graph
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.graph.trace import trace_program
 from jaxcompress.quantize.calibrate import Calibrator, min_max
@@ -52,13 +52,14 @@ class Evaluator:
         if not chosen[0] and not chosen[1]:
             raise ValueError("give options for weights or for activations")
         listed, labels = _checked(batches, targets)
-        names = _sites(apply_fn, params, listed[0], sites, chosen)
+        program = trace_program(apply_fn, params, *listed[0])
+        names = _sites(program.graph, sites, chosen)
         recipes = {k: v for k, v in chosen[0].items() if isinstance(v, Compressor)}
         given = {k: v for k, v in chosen[0].items() if k not in recipes}
         for name, tree in given.items():
             _check_same(f"weights[{name!r}]", tree, params)
         order = tuple(chosen[0])
-        self._reuse = reuse(trace_program(apply_fn, params, *listed[0]), len(listed))
+        self._reuse = reuse(program, len(listed))
         self._program = Program(
             apply_fn,
             recipes,
@@ -177,10 +178,9 @@ def _checked(
 
 
 def _sites(
-    apply_fn: Callable[..., Any], params: Any, first: Any, pattern: str, options: Any
+    graph: Graph, pattern: str, options: Any
 ) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """Leaves that feed contractions, and taps, that match."""
-    graph = trace(apply_fn, params, *first)
     try:
         matches = re.compile(pattern).fullmatch
     except re.error as error:
