@@ -19,6 +19,7 @@ from experiments import (
     distill_digits,
     fuzz_checkpoint,
     integer_cifar10,
+    litert_differences,
     mcu_cifar10,
     prune_cifar10,
     prune_minilm,
@@ -300,6 +301,16 @@ def test_damaged_checkpoints_are_read_as_they_are_or_refused(capsys):
     assert row["kinds"] > 20 and row["refused"] > 200
     line = fails(fuzz_checkpoint, "fuzz_checkpoint", capsys, "--mutations", "0")
     assert line == "error: --mutations must be positive and --workers not negative, got 0, 2"
+
+
+@needs_cifar
+@pytest.mark.long
+def test_the_arithmetic_of_xnnpack_explains_what_litert_says(capsys):
+    row = call(litert_differences, "litert_differences", capsys)
+    assert row["explained"] == row["differ"] <= 1
+    assert row["codes_equal_xnnpack"] > row["codes_equal"] > 0.97
+    line = fails(litert_differences, "litert_differences", capsys, "--images", "0")
+    assert line == "error: --images must be positive, got 0"
 
 
 @needs_cifar
