@@ -19,6 +19,7 @@ from jaxcompress.prune.filters import (
 )
 from jaxcompress.prune.fisher import Surgery, fisher_diagonal, obd, obs
 from jaxcompress.prune.given import fixed, masks_of_scores, scored
+from jaxcompress.prune.group_obs import group_obs
 from jaxcompress.prune.group_scores import gated, group_fisher, group_norms, group_taylor
 from jaxcompress.prune.groups import channel_macs, choose_groups, group_macs, groups_for_macs
 from jaxcompress.prune.lamp import lamp, lamp_scores
@@ -105,6 +106,7 @@ __all__ = [
     "group_macs",
     "group_masks",
     "group_norms",
+    "group_obs",
     "group_taylor",
     "groups_for_macs",
     "head",
