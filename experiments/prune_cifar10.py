@@ -10,10 +10,11 @@ of batches and random masks. Variants:
                  (plain magnitudes empty whole layers), the others fitted by least squares to the
                  outputs of the dense network on 512 images;
                  randomR: at random in the shares of ERK, fitted alike
-  channelsR      R % fewer MACs: inside every block the channels with the smallest norms over all
-                 coupled tensors are cut out, the same share of each, the convolutions behind them
-                 fitted in the same way, and the module is built again with its new widths;
-                 randomchannelsR: channels at random
+  channelsR      R % fewer MACs: inside every block the channels are cut out that the convolution
+                 behind them can best do without, so many of each block that the outputs on 512
+                 images change least (`search.WidthChoice`), that convolution fitted in the same
+                 way, and the module built again with its new widths;
+                 randomchannelsR: channels at random, the same share of every block
 All are fine-tuned for `--epochs`; unstructured80, random80 and channels50 for `--long-epochs` too,
 and those carry the plain names, the short runs of all "tuned_" before theirs. "cut_": before any
 fine-tuning. An epoch of ResNet-20 takes five to six minutes on two CPU cores; every run is kept in
@@ -43,7 +44,6 @@ from experiments.models import resnet_cifar
 from experiments.training import fit, mirror_augment
 from jaxcompress.graph import axes
 from jaxcompress.prune.coupled import group_masks
-from jaxcompress.prune.group_scores import group_norms
 from jaxcompress.prune.groups import group_macs, groups_for_macs
 from jaxcompress.prune.shrink import shrink
 
@@ -87,6 +87,7 @@ class Network:
         # Channels of the residual stream stay: every block reads them.
         self.inner = [name for name in self.found.groups if re.search(r"layer\d_\d/conv1/", name)]
         self.masked_steps: dict[float, Any] = {}
+        self.choices: dict[int, jc.search.WidthChoice] = {}
 
     def accuracy(self, fn: Callable, variables: Any) -> float:
         """Top-1 on the test images in percent."""
@@ -162,12 +163,12 @@ class Network:
 
     def shrunk(self, kind: str, ratio: int, epochs: float, seed: int) -> dict[str, float]:
         """Channels cut out, the module built again with its new widths, and fine-tuned."""
-        scores: dict[str, Any] = dict(group_norms(self.found, self.variables))
         if kind == "randomchannels":
             rng = np.random.default_rng(seed)
-            scores = {name: rng.random(np.size(score)) for name, score in scores.items()}
-        inner = {name: scores[name] for name in self.inner}
-        kept = groups_for_macs(self.found, inner, 1 - ratio / 100)
+            scores = {name: rng.random(self.found.groups[name].size) for name in self.inner}
+            kept = groups_for_macs(self.found, scores, 1 - ratio / 100)
+        else:
+            kept = self.widths(seed).best(1 - ratio / 100)
         masks = group_masks(self.found, kept)
         variables = self.compensated(masks, ".*_[0-9]/conv2/kernel", seed)
         _, small, _ = shrink(self.fn, variables, kept, self.example, axes=self.found)
@@ -189,13 +190,29 @@ class Network:
 
     def compensated(self, masks: Any, layers: str, seed: int) -> Any:
         """The variables with some layers fitted to what the masks leave of their inputs."""
-        rows = np.random.default_rng(seed).choice(
-            len(self.train[0]), 64 if self.args.short else 512
-        )
-        data = [(cifar10_normalise(self.train[0][part]),) for part in np.split(rows, 2)]
         return jc.prune.sparse_gpt(
-            self.fn, self.variables, data, {layers: 0.0}, masks=masks, sweeps=2
+            self.fn, self.variables, self.calibration(seed), {layers: 0.0}, masks=masks, sweeps=2
         )[0]
+
+    def calibration(self, seed: int) -> list[tuple[jax.Array]]:
+        """Training images, 512 of them."""
+        count = 64 if self.args.short else 512
+        rows = np.random.default_rng(seed).choice(len(self.train[0]), count)
+        return [(cifar10_normalise(self.train[0][part]),) for part in np.split(rows, 2)]
+
+    def widths(self, seed: int) -> jc.search.WidthChoice:
+        """What every width of every block costs, measured at the first call."""
+        if seed not in self.choices:
+            self.choices[seed] = jc.search.WidthChoice(
+                self.found,
+                self.fn,
+                self.variables,
+                self.calibration(seed),
+                of=self.inner,
+                levels=4 if self.args.short else 16,
+                progress=lambda jobs: self.report.progress(jobs, f"ResNet-{self.depth} widths"),
+            )
+        return self.choices[seed]
 
     def variant(self, name: str, epochs: float, seed: int) -> dict[str, float]:
         """One run by its name."""

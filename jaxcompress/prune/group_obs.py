@@ -1,6 +1,6 @@
 """Scores of coupled channels by what their removal costs when the rest makes up for it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -61,6 +61,62 @@ def group_obs(
     >>> np.argsort(score).tolist()  # the first two are one: the last costs less than both
     [0, 2, 1]
     """
+    started = _start(axes, apply_fn, params, batches, of, damping)
+    return {
+        name: jnp.asarray(_remove_all(axes.every[name].size, matrices)[0], jnp.float32)
+        for name, matrices in started.items()
+    }
+
+
+class Removal(NamedTuple):
+    """Some channels of a group gone, and the weights that make up for them.
+
+    Attributes:
+      kept: bool [size], the channels that stay.
+      leaves: path of a leaf that reads them -> its new value, zeros where it read what is gone.
+    """
+
+    kept: np.ndarray
+    leaves: dict[str, Array]
+
+
+def group_removals(
+    axes: Axes,
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    counts: Callable[[int], Iterable[int]],
+    *,
+    of: Iterable[str] | None = None,
+    damping: float = 0.01,
+) -> dict[str, dict[int, Removal]]:
+    """What is left when a group keeps so many channels, all others staying whole.
+
+    Args:
+      axes, apply_fn, params, batches, of, damping: as in `group_obs`, in whose order channels go.
+      counts: size of a group -> how many channels to keep, each below it.
+
+    Returns:
+      Name of a group -> {channels that stay: Removal}.
+
+    Raises:
+      ValueError: as in `group_obs`.
+    """
+    started = _start(axes, apply_fn, params, batches, of, damping)
+    flat = dict(leaves_with_paths(params))
+    result: dict[str, dict[int, Removal]] = {}
+    for name, matrices in started.items():
+        size = axes.every[name].size
+        _, seen = _remove_all(size, matrices, set(counts(size)))
+        result[name] = {
+            count: Removal(kept, _put(flat, matrices, weights))
+            for count, (kept, weights) in seen.items()
+        }
+    return result
+
+
+def _start(axes, apply_fn, params, batches, of, damping) -> dict[str, list["_Matrix"]]:
+    # What reads the channels of each group, with the Gram matrices of its inputs.
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}")
     check_weights(params)
@@ -77,10 +133,7 @@ def group_obs(
     moments = capture(apply_fn, params, batches, layers=list(used.values())) if used else {}
     flat = dict(leaves_with_paths(params))
     return {
-        name: _scores(
-            axes.every[name].size,
-            [p.start(flat[p.layer.path], moments[p.layer.tap.name], damping) for p in parts],
-        )
+        name: [part.start(flat[part.layer.path], moments, damping) for part in parts]
         for name, parts in readers.items()
     }
 
@@ -100,14 +153,13 @@ class _Part(NamedTuple):
     channels: np.ndarray  # [C] that are among the inputs
     rows: np.ndarray  # [C, R] the inputs of each
 
-    def start(self, leaf: Array, moments: Moments, damping: float) -> "_Matrix":
-        trip, group = self.at
-        hessian = np.asarray(moments.hessian[trip, group], np.float64)
-        weight = np.asarray(self.layer.take(leaf)[trip, group], np.float64)
+    def start(self, leaf: Array, moments: Mapping[str, Moments], damping: float) -> "_Matrix":
+        hessian = np.asarray(moments[self.layer.tap.name].hessian[self.at], np.float64)
+        weight = np.asarray(self.layer.take(leaf)[self.at], np.float64)
         power = float(np.einsum("kn,kl,ln->", weight, hessian, weight))
         mean = np.trace(hessian) / len(hessian)
         hessian[np.diag_indices(len(hessian))] += damping * mean if mean > 0 else 1.0
-        return _Matrix(self.channels, self.rows, weight, np.linalg.inv(hessian), power)
+        return _Matrix(self, weight, np.linalg.inv(hessian), power)
 
 
 def _readers(axes: Axes, name: str, found: Iterable[Layer]) -> list[_Part]:
@@ -140,8 +192,8 @@ def _inputs(layer: Layer, channel_of: np.ndarray) -> list[_Part]:
 
 class _Matrix:
     # The inputs and weights of a layer while channels go.
-    def __init__(self, channels, rows, weight, inverse, power):
-        self.channels, self.rows = channels, rows
+    def __init__(self, part: _Part, weight: np.ndarray, inverse: np.ndarray, power: float):
+        self.part, self.channels, self.rows = part, part.channels, part.rows
         self.weight, self.inverse, self.power = weight, inverse, power
 
     def errors(self) -> np.ndarray:
@@ -166,9 +218,12 @@ class _Matrix:
             self.inverse[rows, rows] = 1
 
 
-def _scores(size: int, matrices: list[_Matrix]) -> Array:
-    score, total = np.full(size, np.inf), 0.0
-    for _ in range(size):
+def _remove_all(
+    size: int, matrices: list[_Matrix], counts: Container[int] = ()
+) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, list[np.ndarray]]]]:
+    # The scores; and for counts of channels that stay, which they are and the weights by then.
+    score, total, seen = np.full(size, np.inf), 0.0, {}
+    for left in range(size - 1, -1, -1):
         errors = np.zeros(size)
         for matrix in matrices:
             np.add.at(errors, matrix.channels, matrix.errors() / len(matrices))
@@ -178,4 +233,18 @@ def _scores(size: int, matrices: list[_Matrix]) -> Array:
         score[channel] = total
         for matrix in matrices:
             matrix.remove(channel)
-    return jnp.asarray(score, jnp.float32)
+        if left in counts:
+            seen[left] = np.isinf(score), [matrix.weight.copy() for matrix in matrices]
+    return score, seen
+
+
+def _put(
+    flat: Mapping[str, Any], matrices: list[_Matrix], weights: list[np.ndarray]
+) -> dict[str, Array]:
+    leaves: dict[str, Array] = {}
+    for matrix, weight in zip(matrices, weights, strict=True):
+        layer = matrix.part.layer
+        leaf = leaves[layer.path] if layer.path in leaves else jnp.asarray(flat[layer.path])
+        new = layer.take(leaf).at[matrix.part.at].set(jnp.asarray(weight, leaf.dtype))
+        leaves[layer.path] = layer.put(leaf, new)
+    return leaves

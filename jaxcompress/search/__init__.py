@@ -14,6 +14,7 @@ from jaxcompress.search.problem import Budget, Choice, Problem
 from jaxcompress.search.searcher import Compressed, Search
 from jaxcompress.search.sensitivity import sensitivity
 from jaxcompress.search.students import Student, effective_parameters, students, train_students
+from jaxcompress.search.width_choice import WidthChoice
 from jaxcompress.search.widths import narrow
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Solution",
     "Student",
     "Training",
+    "WidthChoice",
     "allocate",
     "compress",
     "cross_entropy",

@@ -12,6 +12,7 @@ from jaxcompress.prune.group_scores import group_norms
 from jaxcompress.prune.groups import groups_for_macs
 from jaxcompress.prune.shrink import Shrunk, shrink
 from jaxcompress.prune.sparse_gpt import sparse_gpt
+from jaxcompress.search.width_choice import WidthChoice
 
 
 def narrow(
@@ -22,12 +23,12 @@ def narrow(
     *,
     groups: str = ".*",
     round_to: int = 1,
+    allocation: str = "uniform",
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Shrunk:
     """Cuts channels until a share of the multiply-accumulates is left.
 
-    Of every group of coupled channels the same share goes, those of the smallest norm; what reads
-    them is fitted by least squares to the outputs it had, on the batches. No training.
+    What reads them is fitted by least squares to the outputs it had, on the batches. No training.
 
     Args:
       apply_fn, params: pure and trained, in inference mode.
@@ -35,13 +36,17 @@ def narrow(
       macs: the share that may stay, in (0, 1].
       groups: a regular expression on the names of the groups (`graph.axes`) that may lose channels.
       round_to: the channels of a group are a multiple of this, or all.
-      progress: wraps the layers.
+      allocation: "uniform": of every group the same share goes, those of the smallest norm. "loss":
+        those whose readers can best do without them go (`prune.group_obs`), so many of each group
+        that the outputs, logits [B, classes], change least (`WidthChoice`).
+      progress: wraps the layers, and the measurements of "loss".
 
     Returns:
       (fn, params, report), as `prune.shrink`.
 
     Raises:
-      ValueError: a share out of range or that cannot be reached; `groups` that match nothing.
+      ValueError: a share out of range or that cannot be reached; `groups` that match nothing; an
+        unknown allocation.
 
     >>> import jax, jax.numpy as jnp
     >>> keys = jax.random.split(jax.random.key(0), 3)
@@ -52,6 +57,8 @@ def narrow(
     >>> found.params["up"].shape, found.params["down"].shape
     ((8, 8), (8, 4))
     """
+    if allocation not in ("uniform", "loss"):
+        raise ValueError(f'allocation must be "uniform" or "loss", got {allocation!r}')
     batches = check_batches(batches)
     found = axes(apply_fn, params, *batches[0])
     norms = group_norms(found, params)
@@ -59,7 +66,13 @@ def narrow(
     if not scores:
         near = ", ".join(near_misses(groups, norms) or list(norms)[:3]) or "there are none"
         raise ValueError(f"groups={groups!r} matches no group of channels; nearest: {near}")
-    kept = groups_for_macs(found, scores, macs, round_to=round_to)
+    if allocation == "uniform":
+        kept = groups_for_macs(found, scores, macs, round_to=round_to)
+    else:
+        choice = WidthChoice(
+            found, apply_fn, params, batches, of=scores, round_to=round_to, progress=progress
+        )
+        kept = choice.best(macs)
     masks = group_masks(found, kept)
     # Only what loses inputs is fitted: the sums that a layer had over the channels that go.
     readers = {
