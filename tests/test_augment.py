@@ -10,6 +10,8 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.train import augment
 
+pytestmark = pytest.mark.broad
+
 
 def mesh():
     return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

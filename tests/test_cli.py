@@ -21,6 +21,8 @@ from jaxcompress.export import container, load, save, stream_pack, stream_write
 from jaxcompress.export.stream import quantize_file
 from jaxcompress.export.stream_read import inspect, open_source
 
+pytestmark = pytest.mark.broad
+
 INT4: dict[str, Any] = {"format": "int4", "group": 32}
 SHAPES = {
     "model.embed.weight": (96, 64),

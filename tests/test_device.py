@@ -12,6 +12,8 @@ from jaxcompress.cost import dtypes
 from jaxcompress.cost.device import GRADES
 from jaxcompress.cost.energy import mac_pj, node_table
 
+pytestmark = pytest.mark.broad
+
 TOY = """
 description = "round numbers"
 [clock]

@@ -16,6 +16,8 @@ import jaxcompress as jc
 from jaxcompress import distill
 from jaxcompress.distill import cached_outputs, fingerprint
 
+pytestmark = pytest.mark.broad
+
 INPUTS = np.random.default_rng(0).normal(size=(11, 6)).astype(np.float32)
 PARAMS = {"w": np.random.default_rng(1).normal(size=(6, 7)).astype(np.float32)}
 

@@ -9,6 +9,8 @@ import pytest
 
 from jaxcompress import distill
 
+pytestmark = pytest.mark.broad
+
 LABELS = np.array([3, 0, 4, 4, 1, 2])
 T = 1.7
 

@@ -164,6 +164,7 @@ def test_a_killed_run_of_the_streaming_quantizer_goes_on(capsys):
 
 
 @needs_cifar
+@pytest.mark.long
 def test_formats_of_trained_weights(capsys, tmp_path):
     row = call(formats_experiment, "formats", capsys, "--out", str(tmp_path))
     assert 8 < row["int8_resnet20_bits_per_weight"] < 8.1
@@ -285,6 +286,7 @@ def test_embeddings_survive_pruning_with_calibration(capsys):
 
 
 @needs_cifar
+@pytest.mark.long
 def test_the_benchmark_of_the_train_step_times_all_its_parts(capsys):
     row = call(train_step_benchmark, "train_step", capsys)
     assert {"plain_s", "teacher_s", "compressed_s", "composed_s"} <= set(row)
@@ -392,6 +394,7 @@ def test_deploy_benchmark(capsys, tmp_path):
 
 
 @needs_cifar
+@pytest.mark.long
 def test_search_benchmark(capsys):
     row = call(search_benchmark, "search", capsys)
     assert row["sweep_compilations"] <= 2 and row["configurations"] == 8

@@ -34,6 +34,8 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.startswith(("JAX_NUMPY", "XLA_FLAGS", "MPLBACKEND")):
             monkeypatch.delenv(name)
+    # They compile much and compute little: a third less CPU time.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=170, resources={"metadata": {"path": str(tmp_path)}})

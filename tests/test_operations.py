@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from experiments.models.zoo import ZOO
 from jaxcompress import cost
 
+pytestmark = pytest.mark.broad
+
 S = jax.ShapeDtypeStruct
 f32 = jnp.float32
 

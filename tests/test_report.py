@@ -15,6 +15,8 @@ from experiments._report import Options, Report, checked, commit, run, write_jso
 from experiments.benchmarks import select as select_benchmark
 from jaxcompress.cost.clock import interleaved
 
+pytestmark = pytest.mark.broad
+
 
 @dataclasses.dataclass(frozen=True)
 class Args(Options):

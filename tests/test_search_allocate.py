@@ -11,6 +11,8 @@ from test_search_pareto import exhaustive, random_problem
 import jaxcompress as jc
 from jaxcompress.search import Budget, Choice, Problem, allocate, rerank
 
+pytestmark = pytest.mark.broad
+
 COSTS = ("weight_bytes", "latency_s", "energy_j", "macs", "peak_bytes")
 
 

@@ -9,6 +9,8 @@ import pytest
 import jaxcompress as jc
 from jaxcompress import distill, train
 
+pytestmark = pytest.mark.broad
+
 
 def log_softmax(z):
     z = np.asarray(z, np.float64)
