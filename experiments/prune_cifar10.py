@@ -67,7 +67,7 @@ class Args(Options):
     """Epochs for the variants of the headline that keep their shape."""
     channel_epochs: float = 12
     """Epochs for those that lose channels; each takes half the time."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     """At the start; it falls to 0 along a cosine."""
     variants: tuple[str, ...] = ()
     """Only these, unstructured80 say; none: all."""
