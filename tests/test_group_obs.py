@@ -129,6 +129,25 @@ def test_scanned_and_grouped_layers_count_too():
     assert score.shape == (4,) and np.all(np.isfinite(score)) and np.max(score) > 0.1
 
 
+def test_a_layer_used_twice_is_fitted_to_both_uses():
+    params = {"up": normal(4, 6), "down": normal(6, 4)}
+
+    def twice(p, x):
+        for _ in range(2):
+            x = jnp.tanh(jax.nn.relu(x @ p["up"]) @ p["down"])
+        return x
+
+    x = normal(40, 4)
+    score = group_obs(axes(twice, params, x), twice, params, [(x,)], damping=1e-6)["up[1]"]
+    first = jax.nn.relu(x @ params["up"])
+    second = jax.nn.relu(jnp.tanh(first @ params["down"]) @ params["up"])
+    both = {"eye": jnp.eye(6), "down": params["down"]}
+    stacked = jnp.concatenate([first, second])
+    once = lambda p, h: jax.nn.relu(h @ p["eye"]) @ p["down"]
+    alone = group_obs(axes(once, both, stacked), once, both, [(stacked,)], damping=1e-6)["eye[1]"]
+    np.testing.assert_allclose(score, alone, rtol=1e-3)
+
+
 def test_bad_input_is_named():
     found = axes(network, PARAMS, X)
     with pytest.raises(ValueError, match="damping must be positive, got 0"):

@@ -7,7 +7,7 @@ papers' weights are columns here. "Consecutive" inputs are consecutive in K.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -81,7 +81,7 @@ def targets(
         with at_path(path):
             if not holds(jnp.isfinite, flat[path]):
                 raise ValueError("a weight to prune must not be NaN or Inf")
-    groups, skipped = _pooled([layer for layer in found.layers if layer.path in full])
+    groups, skipped = pooled([layer for layer in found.layers if layer.path in full])
     if skipped:
         _warn(f"not looked at, since their weights are pruned for an earlier layer: {skipped}")
     return Targets(groups, {path: taken[path] for path in taken if path in full}, batches)
@@ -108,8 +108,8 @@ def _checked_share(rule: str, share: Any) -> Share:
     return float(share)
 
 
-def _pooled(layers: list[Layer]) -> tuple[list[tuple[Layer, ...]], str]:
-    # Layers of the same matrices together; names of those that share only some weights.
+def pooled(layers: Sequence[Layer]) -> tuple[list[tuple[Layer, ...]], str]:
+    """Layers of the same matrices together; names of those that share only some weights."""
     groups: list[list[Layer]] = []
     skipped = []
     for layer in layers:

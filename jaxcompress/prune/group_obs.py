@@ -11,7 +11,9 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes_terms import places, size
 from jaxcompress.graph.capture import Moments, capture, check_batches
+from jaxcompress.graph.layerwise import merged
 from jaxcompress.graph.matrices import Layer, layers
+from jaxcompress.prune.calibrated import pooled
 from jaxcompress.prune.coupled import along, of_network
 from jaxcompress.prune.score_trees import check_weights
 
@@ -122,15 +124,20 @@ def _start(axes, apply_fn, params, batches, of, damping) -> dict[str, list["_Mat
     check_weights(params)
     of_network(axes, params)
     batches = check_batches(batches)
-    found = layers(apply_fn, params, *batches[0]).layers
-    readers = {name: _readers(axes, name, found) for name in _names(axes, of)}
+    pools = {
+        p[0].tap.name: p for p in pooled(list(layers(apply_fn, params, *batches[0]).layers))[0]
+    }
+    heads = [pool[0] for pool in pools.values()]
+    readers = {name: _readers(axes, name, heads) for name in _names(axes, of)}
     if of is None:
         readers = {name: parts for name, parts in readers.items() if parts}
     for name, parts in readers.items():
         if not parts:
             raise ValueError(f"no contraction with a weight reads the channels of {name!r}")
-    used = {part.layer.tap.name: part.layer for parts in readers.values() for part in parts}
-    moments = capture(apply_fn, params, batches, layers=list(used.values())) if used else {}
+    used = list(dict.fromkeys(p.layer.tap.name for parts in readers.values() for p in parts))
+    uses = [layer for name in used for layer in pools[name]]
+    seen = capture(apply_fn, params, batches, layers=uses) if uses else {}
+    moments = {name: merged([seen[use.tap.name] for use in pools[name]]) for name in used}
     flat = dict(leaves_with_paths(params))
     return {
         name: [part.start(flat[part.layer.path], moments, damping) for part in parts]
@@ -156,7 +163,7 @@ class _Part(NamedTuple):
     def start(self, leaf: Array, moments: Mapping[str, Moments], damping: float) -> "_Matrix":
         hessian = np.asarray(moments[self.layer.tap.name].hessian[self.at], np.float64)
         weight = np.asarray(self.layer.take(leaf)[self.at], np.float64)
-        power = float(np.einsum("kn,kl,ln->", weight, hessian, weight))
+        power = float(np.sum(weight * (hessian @ weight)))
         mean = np.trace(hessian) / len(hessian)
         hessian[np.diag_indices(len(hessian))] += damping * mean if mean > 0 else 1.0
         return _Matrix(self, weight, np.linalg.inv(hessian), power)
