@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState, holds, is_float_array
-from jaxcompress.core.packed import mask_leaf, unpack
+from jaxcompress.core.packed import Masked, is_packed, kept, mask_leaf, unpack
 from jaxcompress.core.paths import leaves_with_paths
 
 
@@ -78,6 +78,13 @@ def masks(state: CompressState, params: Any) -> Any:
                 found[path] = found[path] & mask if path in found else mask
     named = [found.get(path, jnp.ones((), bool)) for path, _ in leaves_with_paths(params)]
     return jax.tree.structure(params).unflatten(named)
+
+
+def masks_of_packed(packed: Any) -> Any:
+    """The masks of a packed tree, with the structure of the params; a dense leaf has a 0-d True."""
+    leaves = jax.tree.leaves(packed, is_leaf=is_packed)
+    found = [kept(leaf) if isinstance(leaf, Masked) else jnp.ones((), bool) for leaf in leaves]
+    return jax.tree.structure(unpack(packed)).unflatten(found)
 
 
 def sparsity_of(params: Any) -> float:

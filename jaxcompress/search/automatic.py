@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from jaxcompress.core.combine import chain
 from jaxcompress.core.compressor import Compressor
-from jaxcompress.core.packed import Masked, is_packed, kept, unpack
-from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.cost.device import Device
 from jaxcompress.formats import parse
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.graph.layerwise import Progress
 from jaxcompress.prune.given import fixed
+from jaxcompress.prune.state import apply_masks, masks_of_packed
 from jaxcompress.quantize.ptq import recipe
 from jaxcompress.search.allocation import Infeasible
 from jaxcompress.search.finetune import Training, finetune
@@ -159,11 +158,9 @@ def _trained(
 ) -> Compressed:
     """The same plan with weights that were trained on its grids, zeros where they were."""
     rules = {re.escape(s): search.options[o].spec for s, o in found.plan.weights.items()}
-    masks = _masks(found.packed)
+    masks = masks_of_packed(found.packed)
     made: Compressor = chain(recipe(rules), fixed(masks))
-    start = jax.tree.map(
-        lambda w, mask: jnp.where(mask, w, jnp.zeros((), w.dtype)), search.params, masks
-    )
+    start = apply_masks(search.params, masks)
     form = None if found.plan.activations is None else parse(found.plan.activations)
     state = finetune(
         search.apply_fn, start, training, teacher=teacher, recipe=made, activations=form,
@@ -172,13 +169,3 @@ def _trained(
     compress = made.update(state.params, state.compress)
     plan = replace(found.plan, measured={})
     return search.shipped(plan, made.pack(state.params, compress))
-
-
-def _masks(packed: Any) -> Any:
-    """What a packed tree keeps; a dense leaf is a 0-d True."""
-    leaves = [
-        kept(leaf) if isinstance(leaf, Masked) else jnp.ones((), bool)
-        for _, leaf in leaves_with_paths(packed, is_leaf=is_packed)
-    ]
-    treedef = jax.tree.structure(unpack(packed))
-    return treedef.unflatten(leaves)
