@@ -11,16 +11,14 @@ from experiments._report import Report, write_json
 class Runs:
     """Results by a key that says all settings of a run, in OUT/NAME_runs.json.
 
-    An experiment of hours is stopped and started again, and goes on where it was. Without --out
-    nothing is kept.
+    An experiment of hours is stopped and started again, and goes on where it was. Processes with
+    parts of it may share --out: what others have written is kept. Without --out nothing is.
     """
 
     def __init__(self, out: Path | None, name: str, report: Report):
         self.path = Path(out) / f"{name}_runs.json" if out else None
         self.report = report
-        self.done: dict[str, Any] = {}
-        if self.path is not None and self.path.exists():
-            self.done = json.loads(self.path.read_text())
+        self.done: dict[str, Any] = self._written()
 
     def get(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A run, from the file if it is there."""
@@ -28,5 +26,11 @@ class Runs:
             self.done[key] = compute()
             self.report.console.print(f"{key}: {self.done[key]}")
             if self.path is not None:
+                self.done = self._written() | self.done
                 write_json(self.path, self.done)
         return self.done[key]
+
+    def _written(self) -> dict[str, Any]:
+        if self.path is None or not self.path.exists():
+            return {}
+        return json.loads(self.path.read_text())

@@ -17,9 +17,9 @@ of batches and random masks. Variants:
                  randomchannelsR: channels at random, the same share of every block
 All are fine-tuned for `--epochs`; unstructured80 and random80 for `--long-epochs` too, channels50
 for `--channel-epochs`, and those carry the plain names, the short runs of all "tuned_" before
-theirs. "cut_": before any
-fine-tuning. An epoch of ResNet-20 takes five to six minutes on two CPU cores; every run is kept in
---out, and not repeated when it is given again.
+theirs. "cut_": before any fine-tuning. An epoch of ResNet-20 with all its channels takes about
+eight minutes on one CPU core. Every run is kept in --out, and not repeated when it is given again;
+processes with a core and a part of --variants each may share it.
 Result: experiments/results/prune_cifar10.json.
 """
 
