@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxcompress.core.numbers import Number, number_at
 from jaxcompress.distill.logits import kd
-
-Number = Any  # a Python number, a traced scalar, or a schedule step -> number
 
 
 def mutual_kd(logits: Array, *, temperature: float | Array = 1.0) -> Array:
@@ -48,9 +47,9 @@ def mutual_loss(
 
     def loss(outputs, labels, teacher_outputs, step):
         del teacher_outputs
-        soft = mutual_kd(outputs, temperature=_at(temperature, step))
+        soft = mutual_kd(outputs, temperature=number_at(temperature, step))
         hard = jax.vmap(task, in_axes=(0, None))(outputs, labels).astype(jnp.float32)
-        total = jnp.sum(hard + _at(kd_weight, step) * soft)
+        total = jnp.sum(hard + number_at(kd_weight, step) * soft)
         return total, {"task": jnp.mean(hard), "mutual_kd": jnp.mean(soft)}
 
     return loss
@@ -93,7 +92,3 @@ def joint_students(*forwards: Callable[..., tuple[Any, Any]]) -> Callable[..., t
         return jnp.stack([z for z, _ in found]), states if jax.tree.leaves(states) else ()
 
     return joint
-
-
-def _at(value: Number, step: Array) -> Array:
-    return jnp.asarray(value(step) if callable(value) else value, jnp.float32)

@@ -1,5 +1,6 @@
 """Training: one state, one step, and a loop that goes on where it was killed."""
 
+from jaxcompress.core.numbers import number_at
 from jaxcompress.train import augment
 from jaxcompress.train.checkpoint import Checkpoints, restore
 from jaxcompress.train.convolutions import fast_kernel_gradients
@@ -7,7 +8,7 @@ from jaxcompress.train.data import Batches, batches, key_at, place
 from jaxcompress.train.log import read_log
 from jaxcompress.train.loop import fit, progress_bar
 from jaxcompress.train.state import Trainable, TrainState, create, label_learned
-from jaxcompress.train.step import cross_entropy, hinton_loss, make_step, number_at, stateless
+from jaxcompress.train.step import cross_entropy, hinton_loss, make_step, stateless
 
 __all__ = [
     "Batches",

@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.core.compressor import Compressor, CompressState, identity, is_absent
+from jaxcompress.core.numbers import Number, number_at
 from jaxcompress.distill.logits import kd
 from jaxcompress.prune.state import masks as find_masks
 from jaxcompress.quantize.activations import ActivationQuantizer
 from jaxcompress.train.state import TrainState
-
-Number = Any  # a Python number, a traced scalar, or a schedule step -> number
-
-
-def number_at(value: Number, step: jax.Array) -> jax.Array:
-    """A hyper-parameter at a step, float32: a number as it is, a schedule called."""
-    return jnp.asarray(value(step) if callable(value) else value, jnp.float32)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
