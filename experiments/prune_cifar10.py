@@ -6,10 +6,10 @@ ResNet-20 and -32 from the trained weights, 10,000 test images. Pruned in one sh
 BatchNorm over the batches, on the training images (shifted and mirrored at random) against the
 labels and the dense network, by SGD with Nesterov momentum and a cosine learning rate; three seeds
 of batches and random masks. Variants:
-  unstructuredR  R % of all weights zero, those with the lowest LAMP scores over all layers together
-                 (plain magnitudes empty whole layers), the others fitted by least squares to the
-                 outputs of the dense network on 512 images;
-                 randomR: at random in the shares of ERK, fitted alike
+  unstructuredR  R % of all weights zero: so many of each layer as have the lowest LAMP scores of all
+                 layers together (plain magnitudes empty whole layers), chosen by SparseGPT, the
+                 others fitted to the outputs of the dense network on 512 images;
+                 randomR: at random in the shares of ERK, the others fitted by least squares
   channelsR      R % fewer MACs: inside every block the channels are cut out that the convolution
                  behind them can best do without, so many of each block that the outputs on 512
                  images change least (`search.WidthChoice`), that convolution fitted in the same
@@ -150,7 +150,18 @@ class Network:
             chosen = jc.prune.lamp(share)
         masks = jc.prune.masks(chosen.init(params), params)
         everything = jax.tree.map(lambda _: jnp.ones((), bool), self.variables)
-        variables = self.compensated(everything | {"params": masks}, ".*kernel", seed)
+        if kind == "random":
+            variables = self.compensated(everything | {"params": masks}, {".*kernel": 0.0}, seed)
+        else:
+            shares = {
+                f"params/{path}": float(1 - mask.mean())
+                for path, mask in jc.core.leaves_with_paths(masks)
+                if mask.ndim
+            }
+            variables = self.compensated(everything, shares, seed)
+            masks = jax.tree.map(
+                lambda mask, w: w != 0 if mask.ndim else mask, masks, variables["params"]
+            )
         recipe, tx = jc.prune.fixed(masks), jc.prune.masked_optimizer(self.optimizer(epochs))
         if epochs not in self.masked_steps:  # masks lie in the state: one program for all of them
             model = resnet_cifar.ResNetCifar(self.depth)
@@ -173,7 +184,7 @@ class Network:
         else:
             kept = self.widths(seed).best(1 - ratio / 100)
         masks = group_masks(self.found, kept)
-        variables = self.compensated(masks, ".*_[0-9]/conv2/kernel", seed)
+        variables = self.compensated(masks, {".*_[0-9]/conv2/kernel": 0.0}, seed)
         _, small, _ = shrink(self.fn, variables, kept, self.example, axes=self.found)
         params = small["params"]
         blocks = [params[name] for name in sorted(params) if name.startswith("layer")]
@@ -191,10 +202,10 @@ class Network:
         row = {"cut": before, "tuned": self.accuracy(model.apply, variables), "macs": macs}
         return {**row, "params": 100 * sizes[0] / sizes[1]}
 
-    def compensated(self, masks: Any, layers: str, seed: int) -> Any:
-        """The variables with some layers fitted to what the masks leave of their inputs."""
+    def compensated(self, masks: Any, shares: dict[str, float], seed: int) -> Any:
+        """The variables with shares of zeros, fitted to what these and the masks leave."""
         return jc.prune.sparse_gpt(
-            self.fn, self.variables, self.calibration(seed), {layers: 0.0}, masks=masks, sweeps=2
+            self.fn, self.variables, self.calibration(seed), shares, masks=masks, sweeps=2
         )[0]
 
     def calibration(self, seed: int) -> list[tuple[jax.Array]]:
