@@ -6,8 +6,8 @@ ResNet-20 and -32 from the trained weights, 10,000 test images. Pruned in one sh
 BatchNorm over the batches, on the training images (shifted and mirrored at random) against the
 labels and the dense network, by SGD with Nesterov momentum and a cosine learning rate; three seeds
 of batches and random masks. Variants:
-  unstructuredR  R % of all weights zero: so many of each layer as have the lowest LAMP scores of all
-                 layers together (plain magnitudes empty whole layers), chosen by SparseGPT, the
+  unstructuredR  R % of all weights zero: so many of each layer as have the lowest LAMP scores of
+                 all layers together (plain magnitudes empty whole layers), chosen by SparseGPT, the
                  others fitted to the outputs of the dense network on 512 images;
                  randomR: at random in the shares of ERK, the others fitted by least squares
   channelsR      R % fewer MACs: inside every block the channels are cut out that the convolution
