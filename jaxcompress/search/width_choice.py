@@ -10,7 +10,7 @@ import numpy as np
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.capture import Batches
-from jaxcompress.graph.layerwise import replaced
+from jaxcompress.graph.layerwise import Progress, replaced
 from jaxcompress.prune.coupled import group_masks
 from jaxcompress.prune.group_obs import Removal, group_removals
 from jaxcompress.prune.groups import channel_macs, group_macs
@@ -58,7 +58,7 @@ class WidthChoice:
         round_to: int = 1,
         levels: int = 16,
         metric: Metric = kl,
-        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+        progress: Progress = iter,
     ):
         def counts(size: int) -> list[int]:
             parts = (-(-size * level // levels) for level in range(1, levels))

@@ -7,6 +7,7 @@ from typing import Any
 from jaxcompress.core.paths import leaves_with_paths, near_misses
 from jaxcompress.graph import axes
 from jaxcompress.graph.capture import check_batches
+from jaxcompress.graph.layerwise import Progress
 from jaxcompress.prune.coupled import group_masks
 from jaxcompress.prune.group_scores import group_norms
 from jaxcompress.prune.groups import groups_for_macs
@@ -24,7 +25,7 @@ def narrow(
     groups: str = ".*",
     round_to: int = 1,
     allocation: str = "uniform",
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Progress = iter,
 ) -> Shrunk:
     """Cuts channels until a share of the multiply-accumulates is left.
 
