@@ -15,11 +15,11 @@ of batches and random masks. Variants:
                  images change least (`search.WidthChoice`), that convolution fitted in the same
                  way, and the module built again with its new widths;
                  randomchannelsR: channels at random, the same share of every block
-All are fine-tuned for `--epochs`; unstructured80 and random80 for `--long-epochs` too, channels50
-for `--channel-epochs`, and those carry the plain names, the short runs of all "tuned_" before
-theirs. "cut_": before any fine-tuning. An epoch of ResNet-20 with all its channels takes about
-eight minutes on one CPU core. Every run is kept in --out, and not repeated when it is given again;
-processes with a core and a part of --variants each may share it.
+All are fine-tuned for `--epochs`; channels50, unstructured80 and random80 for `--long-epochs` too,
+and those carry the plain names, the short runs of all "tuned_" before theirs. "cut_": before any
+fine-tuning. An epoch of ResNet-20 with all its channels takes about eight minutes on one CPU core.
+Every run is kept in --out, and not repeated when it is given again; processes with a core and a
+part of --variants each may share it.
 Result: experiments/results/prune_cifar10.json.
 """
 
@@ -63,10 +63,8 @@ class Args(Options):
     """Seeds of batches and random choices."""
     epochs: float = 0.2
     """Epochs, or a part of one, for every variant."""
-    long_epochs: float = 5
-    """Epochs for the variants of the headline that keep their shape."""
-    channel_epochs: float = 12
-    """Epochs for those that lose channels; each takes half the time."""
+    long_epochs: float = 12
+    """Epochs for the variants of the headline."""
     learning_rate: float = 0.05
     """At the start; it falls to 0 along a cosine."""
     variants: tuple[str, ...] = ()
@@ -265,12 +263,10 @@ def key_of(args: Args, depth: int, name: str, epochs: float, seed: int) -> str:
 
 def main(args: Args, report: Report) -> dict[str, Any]:
     """All networks, variants and seeds."""
-    if args.seeds < 1 or min(args.epochs, args.long_epochs, args.channel_epochs) <= 0:
-        raise ValueError("--seeds, --epochs, --long-epochs and --channel-epochs must be positive")
+    if args.seeds < 1 or min(args.epochs, args.long_epochs) <= 0:
+        raise ValueError("--seeds, --epochs and --long-epochs must be positive")
     chosen, runs = names(args), Runs(args.out, "prune_cifar10", report)
-    epochs = 1 if args.short else args.epochs
-    long = {"channels": args.channel_epochs}
-    long_epochs = lambda name: 2 if args.short else long.get(kind_of(name), args.long_epochs)
+    epochs, long_epochs = (1, 2) if args.short else (args.epochs, args.long_epochs)
     seeds = range(args.seed, args.seed + (1 if args.short else args.seeds))
     figures: dict[str, Any] = {}
     for depth in args.depths[:1] if args.short else args.depths:
@@ -278,7 +274,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
         prefix = "" if depth == 20 else f"resnet{depth}_"
         dense = network.accuracy(network.fn, network.variables)
         figures[f"{prefix}float32_top1_percent"] = dense
-        plans = [(name, "", long_epochs(name)) for name in chosen if name in LONG]
+        plans = [(name, "", long_epochs) for name in chosen if name in LONG]
         plans += [(name, "tuned_", epochs) for name in chosen]
         # Seed by seed, so that what is there after some hours is a whole experiment.
         found = {plan: [] for plan in plans}
