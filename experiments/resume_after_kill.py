@@ -176,7 +176,8 @@ def process(setting: Setting, kill: Kill | None = None) -> Process:
     # The libraries' own settings for numbers, not the tests'.
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUMPY")}
     env["JAX_PLATFORMS"] = "cpu"
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={setting.devices}"
+    devices = f"--xla_force_host_platform_device_count={setting.devices}"
+    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {devices}"  # the last of two counts is taken
     saved = Path(setting.folder) / setting.name
     errors = Path(setting.folder) / "errors.txt"
     command = [sys.executable, "-c", code, json.dumps(setting._asdict())]
@@ -263,7 +264,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
             f"--kills must be at least 1 and --steps 50, got {args.kills}, {args.steps}"
         )
     if args.short:
-        args = dataclasses.replace(args, kills=3, steps=90)
+        args = dataclasses.replace(args, kills=2, steps=60)
     figures = {}
     for name, devices in DEVICES.items():
         with tempfile.TemporaryDirectory() as folder:

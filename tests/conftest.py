@@ -3,14 +3,14 @@
 import os
 
 import pytest
+from _xla import COMPILE_QUICKLY
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: without LLVM's optimizations they take half the time.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
+        COMPILE_QUICKLY,
     )
 ).strip()
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from _xla import COMPILE_QUICKLY
 
 pytestmark = pytest.mark.broad
 
@@ -64,7 +65,8 @@ def train(folder, processes, steps):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUMPY")}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
+    devices = f"--xla_force_host_platform_device_count={2 // processes}"
+    env["XLA_FLAGS"] = f"{COMPILE_QUICKLY} {devices}"
     env["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "programs")
     command = [sys.executable, "-c", CHILD, str(folder), str(processes)]
     children = [

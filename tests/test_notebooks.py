@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from _xla import COMPILE_QUICKLY
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -34,8 +35,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.startswith(("JAX_NUMPY", "XLA_FLAGS", "MPLBACKEND")):
             monkeypatch.delenv(name)
-    # They compile much and compute little: a third less CPU time.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", COMPILE_QUICKLY)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=170, resources={"metadata": {"path": str(tmp_path)}})

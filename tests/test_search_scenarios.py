@@ -140,7 +140,7 @@ def test_a_narrower_network_wins_where_the_network_does_not_fit(network):
     how: Any = {"device": DEVICE, "options": options, "candidates": 4, "budget": budget}
     with pytest.raises(Infeasible, match="the least possible"):
         compress(apply_fn, params, batches, **how)
-    training = Training(inputs, np.concatenate(labels_of(params, batches)), steps=20, size=32)
+    training = Training(inputs, np.concatenate(labels_of(params, batches)), steps=5, size=32)
     found = compress(apply_fn, params, batches, widths=(1.0, 0.4), training=training, **how)
     assert found.cost.weight_bytes == jc.packed_bytes(found.packed) <= 0.8 * least
     again = compress(apply_fn, params, batches, widths=(1.0, 0.4), training=training, **how)
