@@ -46,17 +46,17 @@ def test_all_members_with_the_cost_of_what_ships(everything):
 
 
 def test_those_that_fit_and_no_others(everything):
-    budget = Budget(weight_bytes=3000, latency_s=0.002, others={"traffic": 1})
+    budget = Budget(weight_bytes=2000, latency_s=0.002, others={"traffic": 1})
     with pytest.raises(ValueError, match="'traffic' is no number"):
         students(build, OPTIONS, IMAGE, device="stm32l4r5", budget=budget, recipe=recipe)
-    limits = Budget(weight_bytes=3000, latency_s=0.002)
+    limits = Budget(weight_bytes=2000, latency_s=0.002)
     found = students(
         build, OPTIONS, IMAGE, device="stm32l4r5", budget=limits, recipe=recipe, activations=8
     )
     expected = [
         s.options
         for s in everything
-        if s.cost.weight_bytes <= 3000 and s.cost.latency_s <= 0.002 and s.cost.fits()
+        if s.cost.weight_bytes <= 2000 and s.cost.latency_s <= 0.002 and s.cost.fits()
     ]
     assert 0 < len(expected) < 8
     assert [s.options for s in found] == expected
