@@ -264,7 +264,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
             f"--kills must be at least 1 and --steps 50, got {args.kills}, {args.steps}"
         )
     if args.short:
-        args = dataclasses.replace(args, kills=2, steps=60)
+        args = dataclasses.replace(args, kills=3, steps=90)
     figures = {}
     for name, devices in DEVICES.items():
         with tempfile.TemporaryDirectory() as folder:
