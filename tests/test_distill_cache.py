@@ -14,7 +14,8 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import distill
-from jaxcompress.distill import cached_outputs, fingerprint
+from jaxcompress.distill import cached_outputs
+from jaxcompress.graph import fingerprint
 
 pytestmark = pytest.mark.broad
 
@@ -242,7 +243,7 @@ def test_errors_name_the_argument(tmp_path):
 def test_the_fingerprint_of_a_function_is_that_of_another_process():
     code = (
         "import jax.numpy as jnp, jax, numpy as np\n"
-        "from jaxcompress.distill import fingerprint as f\n"
+        "from jaxcompress.graph import fingerprint as f\n"
         "print(f.of_function(lambda x: jax.nn.relu(x) @ jnp.eye(3), np.ones((2, 3), 'f4')))"
     )
     own = fingerprint.of_function(

@@ -101,8 +101,10 @@ def test_nan_is_refused_with_its_place():
         group_taylor(FOUND, explode, PARAMS, [(X, Y)])
     with pytest.raises(ValueError, match="batches is empty"):
         group_fisher(FOUND, loss, PARAMS, [])
-    with pytest.raises(ValueError, match="there is no group 'conv'"):
+    with pytest.raises(ValueError, match="there is no group 'conv'; nearest: 'conv"):
         gated(FOUND, PARAMS, {"conv": jnp.ones(4)})
+    with pytest.raises(ValueError, match="there is no group 'conv'; nearest: 'conv"):
+        group_norms(FOUND, PARAMS, of=["conv"])
 
 
 def counts(kept):
@@ -165,6 +167,9 @@ def test_macs_are_those_of_the_small_network():
     assert group_macs(FOUND, {}) == macs(4, 5)
     assert group_macs(FOUND, {CONV: np.arange(4) < 3, DENSE: np.arange(5) < 2}) == macs(3, 2)
     assert channel_macs(FOUND) == {CONV: macs(4, 5) - macs(3, 5), DENSE: macs(4, 5) - macs(4, 4)}
+    assert channel_macs(FOUND, of=[DENSE]) == {DENSE: macs(4, 5) - macs(4, 4)}
+    with pytest.raises(ValueError, match="there is no group 'conv'; nearest: 'conv"):
+        channel_macs(FOUND, of=["conv"])
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxcompress.core.files import replacing
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.distill.fingerprint import of_arrays, of_function, of_parts
 from jaxcompress.distill.storage import Dense, Storage
+from jaxcompress.graph.fingerprint import of_arrays, of_function, of_parts
 
 Augment = Callable[[jax.Array, Any], Any]
 

@@ -5,7 +5,7 @@ of a scan; here both are called channels. Which of them stay is a dict, name of 
 [size]; a group that is not in it stays whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +124,20 @@ def read_masks(axes: Axes, masks: Any) -> Reading:
     return Reading(kept, held, tuple(followed))
 
 
+def group_names(axes: Axes, of: Iterable[str] | None) -> list[str]:
+    """The names of groups that are asked for; None: of all groups of channels.
+
+    Raises:
+      ValueError: an unknown group.
+    """
+    names = list(axes.groups if of is None else of)
+    for name in names:
+        if name not in axes.every:
+            nearest = ", ".join(map(repr, near_misses(name, axes.every)))
+            raise ValueError(f"there is no group {name!r}; nearest: {nearest or 'none'}")
+    return names
+
+
 def checked(axes: Axes, kept: Kept) -> dict[str, np.ndarray]:
     """The same as NumPy arrays.
 
@@ -131,10 +145,8 @@ def checked(axes: Axes, kept: Kept) -> dict[str, np.ndarray]:
       ValueError: an unknown group, a mask of another size or dtype.
     """
     found = {}
-    for name, stays in kept.items():
-        if name not in axes.every:
-            nearest = ", ".join(map(repr, near_misses(name, axes.every)))
-            raise ValueError(f"there is no group {name!r}; nearest: {nearest or 'none'}")
+    for name in group_names(axes, kept):
+        stays = kept[name]
         array, size = np.asarray(stays), axes.every[name].size
         if array.dtype != bool or array.shape != (size,):
             raise ValueError(

@@ -14,7 +14,7 @@ from jaxcompress.graph.capture import Moments, capture, check_batches
 from jaxcompress.graph.layerwise import merged
 from jaxcompress.graph.matrices import Layer, layers
 from jaxcompress.prune.calibrated import pooled
-from jaxcompress.prune.coupled import along, of_network
+from jaxcompress.prune.coupled import along, group_names, of_network
 from jaxcompress.prune.score_trees import check_weights
 
 
@@ -128,7 +128,7 @@ def _start(axes, apply_fn, params, batches, of, damping) -> dict[str, list["_Mat
         p[0].tap.name: p for p in pooled(list(layers(apply_fn, params, *batches[0]).layers))[0]
     }
     heads = [pool[0] for pool in pools.values()]
-    readers = {name: _readers(axes, name, heads) for name in _names(axes, of)}
+    readers = {name: _readers(axes, name, heads) for name in group_names(axes, of)}
     if of is None:
         readers = {name: parts for name, parts in readers.items() if parts}
     for name, parts in readers.items():
@@ -143,14 +143,6 @@ def _start(axes, apply_fn, params, batches, of, damping) -> dict[str, list["_Mat
         name: [part.start(flat[part.layer.path], moments, damping) for part in parts]
         for name, parts in readers.items()
     }
-
-
-def _names(axes: Axes, of: Iterable[str] | None) -> list[str]:
-    names = list(axes.groups if of is None else of)
-    for name in names:
-        if name not in axes.every:
-            raise ValueError(f"there is no group {name!r}; groups are {list(axes.every)[:5]}...")
-    return names
 
 
 class _Part(NamedTuple):

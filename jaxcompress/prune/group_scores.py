@@ -16,7 +16,7 @@ from jax import Array
 from jaxcompress.core.compressor import at_path, holds, is_float_array
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes_terms import Atom, Sum, Term, atoms, resolve
-from jaxcompress.prune.coupled import along, of_network
+from jaxcompress.prune.coupled import along, group_names, of_network
 from jaxcompress.prune.fisher import Batch, examples_in, mean_over_examples
 from jaxcompress.prune.score_trees import Loss, check_weights
 
@@ -44,10 +44,7 @@ def gated(axes: Axes, params: Any, gates: Mapping[str, Array], *, skip: str = ST
     >>> print(gated(found, params, {"up[1]": jnp.array([2.0, 0.0])})["down"].ravel())
     [2. 0.]
     """
-    for name in gates:
-        if name not in axes.every:
-            raise ValueError(f"there is no group {name!r}; groups are {list(axes.every)[:5]}...")
-    named = {axes.program.atoms[name]: gate for name, gate in gates.items()}
+    named = {axes.program.atoms[name]: gates[name] for name in group_names(axes, gates)}
 
     def scaled(path: str, w: Any) -> Any:
         if not is_float_array(w) or re.fullmatch(skip, path):
@@ -167,8 +164,7 @@ def group_fisher(
 
 def _ones(axes: Axes, of: Iterable[str] | None) -> dict[str, Array]:
     # Gates that change nothing.
-    names = axes.groups if of is None else of
-    return {name: jnp.ones(axes.every[name].size, jnp.float32) for name in names}
+    return {name: jnp.ones(axes.every[name].size, jnp.float32) for name in group_names(axes, of)}
 
 
 def _gate_of(term: Term, gates: Mapping[Atom, Array]) -> Array:

@@ -1,6 +1,6 @@
 """Which channels of coupled groups stay: by score, to a share of channels or of MACs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxcompress.core.select import keep_count, top_k_mask, top_k_masks
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.replay import keeper, replay
 from jaxcompress.graph.trace import trace
-from jaxcompress.prune.coupled import Kept, by_atom, checked
+from jaxcompress.prune.coupled import Kept, by_atom, checked, group_names
 from jaxcompress.prune.shrink import rounded_up
 
 
@@ -149,16 +149,25 @@ def group_macs(axes: Axes, kept: Kept) -> int:
     return trace(replay(axes, chosen), params, *axes.program.inputs).macs
 
 
-def channel_macs(axes: Axes) -> dict[str, float]:
+def channel_macs(axes: Axes, *, of: Iterable[str] | None = None) -> dict[str, float]:
     """The MACs that the network loses with one channel of each group, the others being whole.
 
     As `channel_costs` they make a choice keep what is worth its MACs.
+
+    Args:
+      axes: what `graph.axes` found in the network.
+      of: names of groups; None: all groups of channels.
+
+    Raises:
+      ValueError: an unknown group.
     """
     dense = group_macs(axes, {})
-    costs = {}
-    for name, group in axes.groups.items():
-        costs[name] = float(dense - group_macs(axes, {name: np.arange(group.size) > 0}))
-    return costs
+
+    def cost(name: str) -> float:
+        rest = np.arange(axes.every[name].size) > 0
+        return float(dense - group_macs(axes, {name: rest}))
+
+    return {name: cost(name) for name in group_names(axes, of)}
 
 
 def _checked_scores(name: str, score: Any) -> jax.Array:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jaxcompress.core.compressor import Compressor
 from jaxcompress.core.files import replacing
 from jaxcompress.core.paths import leaves_with_paths, near_misses
-from jaxcompress.distill import fingerprint
 from jaxcompress.formats import Format
-from jaxcompress.graph import Graph
+from jaxcompress.graph import Graph, fingerprint
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.graph.trace import trace_program
 from jaxcompress.quantize.calibrate import Calibrator, min_max

@@ -68,7 +68,7 @@ class WidthChoice:
         self._axes, self._params, self._batches = axes, params, batches
         self._removals = group_removals(axes, apply_fn, params, batches, counts, of=of)
         self._flat = dict(leaves_with_paths(params))
-        self._costs = channel_macs(axes)
+        self._costs = channel_macs(axes, of=self._removals)
         outputs = jax.jit(apply_fn)
         self._reference = [outputs(params, *inputs) for inputs in batches]
         self._loss = jax.jit(lambda p, x, known: metric(apply_fn(p, *x), known, None))
@@ -111,10 +111,11 @@ class WidthChoice:
         least = sum(self._costs[name] * min(found) for name, found in self.losses.items())
         dense = group_macs(self._axes, {})
         true = lambda chosen: group_macs(self._axes, self._kept(chosen))
-        fits = lambda total: true(allocate(problem, Budget(macs=total))[0].chosen) <= limit
-        if not fits(least):
-            share = true(allocate(problem, Budget(macs=least))[0].chosen) / dense
-            raise Infeasible(f"macs: {share:.3f} of them are left at least")
+        within = lambda total: true(allocate(problem, Budget(macs=total))[0].chosen)
+        fits = lambda total: within(total) <= limit
+        smallest = within(least)
+        if smallest > limit:
+            raise Infeasible(f"macs: {smallest / dense:.3f} of them are left at least")
         high = max(least, limit - (dense - whole))  # where costs do add up
         low = high if fits(high) else least
         for _ in range(12 if low < high else 0):
