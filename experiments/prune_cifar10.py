@@ -151,20 +151,18 @@ class Network:
         else:
             chosen = jc.prune.lamp(share)
         masks = jc.prune.masks(chosen.init(params), params)
-        everything = jax.tree.map(lambda _: jnp.ones((), bool), self.variables)
+        given = jax.tree.map(lambda _: jnp.ones((), bool), self.variables)
         if kind == "random":
-            variables = self.compensated(everything | {"params": masks}, {".*kernel": 0.0}, seed)
+            given, shares = given | {"params": masks}, {".*kernel": 0.0}
         else:
             shares = {
                 f"params/{path}": float(1 - mask.mean())
                 for path, mask in jc.core.leaves_with_paths(masks)
                 if mask.ndim
             }
-            variables = self.compensated(everything, shares, seed)
-            masks = jax.tree.map(
-                lambda mask, w: w != 0 if mask.ndim else mask, masks, variables["params"]
-            )
-        recipe, tx = jc.prune.fixed(masks), jc.prune.masked_optimizer(self.optimizer(epochs))
+        variables, pruned = self.compensated(given, shares, seed)
+        recipe = jc.prune.fixed(pruned.buffers.masks["params"])
+        tx = jc.prune.masked_optimizer(self.optimizer(epochs))
         if epochs not in self.masked_steps:  # masks lie in the state: one program for all of them
             model = resnet_cifar.ResNetCifar(self.depth)
             self.masked_steps[epochs] = self.step(model, tx, recipe)
@@ -186,7 +184,7 @@ class Network:
         else:
             kept = self.widths(seed).best(1 - ratio / 100)
         masks = group_masks(self.found, kept)
-        variables = self.compensated(masks, {".*_[0-9]/conv2/kernel": 0.0}, seed)
+        variables, _ = self.compensated(masks, {".*_[0-9]/conv2/kernel": 0.0}, seed)
         _, small, _ = shrink(self.fn, variables, kept, self.example, axes=self.found)
         params = small["params"]
         blocks = [params[name] for name in sorted(params) if name.startswith("layer")]
@@ -205,10 +203,10 @@ class Network:
         return {**row, "params": 100 * sizes[0] / sizes[1]}
 
     def compensated(self, masks: Any, shares: dict[str, float], seed: int) -> Any:
-        """The variables with shares of zeros, fitted to what these and the masks leave."""
+        """With shares of zeros, the rest fitted to what they and the masks leave; their state."""
         return jc.prune.sparse_gpt(
             self.fn, self.variables, self.calibration(seed), shares, masks=masks, sweeps=2
-        )[0]
+        )
 
     def calibration(self, seed: int) -> list[tuple[jax.Array]]:
         """Training images, 512 of them."""

@@ -334,6 +334,7 @@ def test_deep_compression_reads_its_file_back(capsys, tmp_path):
 
 
 @needs_cifar
+@pytest.mark.long
 def test_qat_cifar10_keeps_its_runs(capsys, tmp_path):
     flags = ["--runs", "w4a4", "--out", str(tmp_path)]
     row = call(qat_cifar10, "qat_cifar10", capsys, *flags)

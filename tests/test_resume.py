@@ -17,6 +17,7 @@ def _as_a_user_runs_it():
         yield
 
 
+@pytest.mark.long
 def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(capsys):
     run(resume_after_kill.main, "resume_after_kill", argv=["--short", "--json"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
