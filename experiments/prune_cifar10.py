@@ -324,16 +324,19 @@ def show(report: Report, depth: int, dense: float, found: dict) -> None:
 
 def draw(path: Path, depth: int, dense: float, found: dict) -> None:
     """Accuracy by ratio, a line for each kind."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
     for (name, stage, _), runs in found.items():
-        kind = kind_of(name)
-        point = int(name.removeprefix(kind)), float(np.mean([row["tuned"] for row in runs]))
-        lines.setdefault(kind if stage else f"{kind}, long", []).append(point)
+        kind, tuned = kind_of(name), [row["tuned"] for row in runs]
+        point = int(name.removeprefix(kind)), float(np.mean(tuned)), float(np.std(tuned))
+        lines.setdefault((kind, "o-" if stage else "*"), []).append(point)
+    colors = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(kind for kind, _ in lines))}
     with plot(path, columns=2, size=(10, 4)) as pair:
         for ax, cut in zip(np.atleast_1d(pair), (False, True), strict=True):
-            for kind, points in lines.items():
+            for (kind, mark), points in lines.items():
                 if ("channels" in kind) is cut:
-                    ax.plot(*zip(*sorted(points), strict=True), "o-", label=kind)
+                    x, y, spread = zip(*sorted(points), strict=True)
+                    label = kind if "o" in mark else f"{kind}, long"
+                    ax.errorbar(x, y, spread, fmt=mark, label=label, color=colors[kind], ms=8)
             ax.axhline(dense, color="k", lw=0.8, ls="--", label="dense")
             label = "MACs removed, %" if cut else "weights removed, %"
             ax.set(xlabel=label, ylabel="top-1 %", title=f"ResNet-{depth}")
