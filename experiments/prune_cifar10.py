@@ -303,13 +303,18 @@ def summary(prefix: str, found: dict[tuple[str, str, float], list[dict[str, floa
         tuned = [row["tuned"] for row in rows]
         figures[f"{prefix}{stage}{name}_top1_percent"] = float(np.mean(tuned))
         if len(tuned) > 1:
-            figures[f"{prefix}{stage}{name}_std_percent"] = float(np.std(tuned, ddof=1))
+            figures[f"{prefix}{stage}{name}_std_percent"] = deviation(tuned)
         if stage:
             cut = float(np.mean([row["cut"] for row in rows]))
             figures[f"{prefix}cut_{name}_top1_percent"] = cut
         for key in {"macs", "sparsity"} & set(rows[0]):
             figures[f"{prefix}{name}_{key}_percent"] = float(np.mean([row[key] for row in rows]))
     return figures
+
+
+def deviation(values: list[float]) -> float:
+    """Of a sample; 0 for one value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def show(report: Report, depth: int, dense: float, found: dict) -> None:
@@ -324,18 +329,18 @@ def show(report: Report, depth: int, dense: float, found: dict) -> None:
 
 def draw(path: Path, depth: int, dense: float, found: dict) -> None:
     """Accuracy by ratio, a line for each kind."""
-    lines: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    lines: dict[tuple[str, bool], list[tuple[int, float, float]]] = {}
     for (name, stage, _), runs in found.items():
         kind, tuned = kind_of(name), [row["tuned"] for row in runs]
-        point = int(name.removeprefix(kind)), float(np.mean(tuned)), float(np.std(tuned))
-        lines.setdefault((kind, "o-" if stage else "*"), []).append(point)
+        point = int(name.removeprefix(kind)), float(np.mean(tuned)), deviation(tuned)
+        lines.setdefault((kind, not stage), []).append(point)
     colors = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(kind for kind, _ in lines))}
     with plot(path, columns=2, size=(10, 4)) as pair:
         for ax, cut in zip(np.atleast_1d(pair), (False, True), strict=True):
-            for (kind, mark), points in lines.items():
+            for (kind, long), points in lines.items():
                 if ("channels" in kind) is cut:
                     x, y, spread = zip(*sorted(points), strict=True)
-                    label = kind if "o" in mark else f"{kind}, long"
+                    label, mark = (f"{kind}, long", "*") if long else (kind, "o-")
                     ax.errorbar(x, y, spread, fmt=mark, label=label, color=colors[kind], ms=8)
             ax.axhline(dense, color="k", lw=0.8, ls="--", label="dense")
             label = "MACs removed, %" if cut else "weights removed, %"
