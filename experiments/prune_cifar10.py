@@ -15,11 +15,12 @@ of batches and random masks. Variants:
                  images change least (`search.WidthChoice`), that convolution fitted in the same
                  way, and the module built again with its new widths;
                  randomchannelsR: channels at random, the same share of every block
-All are fine-tuned for `--epochs`; channels50, unstructured80 and random80 for `--long-epochs` too
-(ResNet-20, the first seed), and those carry the plain names, the short runs of all "tuned_" before
-theirs. "cut_": before any fine-tuning. An epoch of ResNet-20 with all its channels takes about
-eight minutes on one CPU core. Every run is kept in --out, and not repeated when it is given again;
-processes with a core and a part of --variants each may share it.
+All are fine-tuned for `--epochs`; channels50 and unstructured80 for `--long-epochs` too (ResNet-20:
+three seeds, ResNet-32: one), and so is random80 (ResNet-20, one seed). Those carry the plain names,
+the short runs of all "tuned_" before theirs. "cut_": before any fine-tuning. An epoch of ResNet-20
+with all its channels takes four to eight minutes on one CPU core. Every run is kept in --out, and
+not repeated when it is given again; processes with a core and a part of --variants each may share
+it.
 Result: experiments/results/prune_cifar10.json.
 """
 
@@ -50,7 +51,8 @@ from jaxcompress.prune.shrink import shrink
 
 UNSTRUCTURED = (50, 70, 80, 90, 95)
 CHANNELS = (20, 35, 50, 65, 80)
-LONG = ("channels50", "unstructured80", "random80")
+CONTROL = "random80"
+LONG = ("channels50", "unstructured80", CONTROL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +67,8 @@ class Args(Options):
     """Epochs, or a part of one, for every variant."""
     long_epochs: float = 12
     """Epochs for the variants of the headline."""
-    long_depths: tuple[int, ...] = (20,)
-    """Which ResNets are trained for so long."""
-    long_seeds: int = 1
-    """How many of the seeds."""
+    long_seeds: tuple[int, ...] = (3, 1)
+    """How many of the seeds, for each of --depths; the control: one, of the first."""
     learning_rate: float = 0.05
     """At the start; it falls to 0 along a cosine."""
     variants: tuple[str, ...] = ()
@@ -265,26 +265,27 @@ def key_of(args: Args, depth: int, name: str, epochs: float, seed: int) -> str:
 
 def main(args: Args, report: Report) -> dict[str, Any]:
     """All networks, variants and seeds."""
-    if min(args.seeds, args.long_seeds) < 1 or min(args.epochs, args.long_epochs) <= 0:
-        raise ValueError("--seeds, --long-seeds, --epochs and --long-epochs must be positive")
+    if args.seeds < 1 or min(args.epochs, args.long_epochs) <= 0:
+        raise ValueError("--seeds, --epochs and --long-epochs must be positive")
     chosen, runs = names(args), Runs(args.out, "prune_cifar10", report)
     epochs, long_epochs = (1, 2) if args.short else (args.epochs, args.long_epochs)
     seeds = range(args.seed, args.seed + (1 if args.short else args.seeds))
     figures: dict[str, Any] = {}
-    for depth in args.depths[:1] if args.short else args.depths:
+    for place, depth in enumerate(args.depths[:1] if args.short else args.depths):
         network = Network(args, report, depth)
         prefix = "" if depth == 20 else f"resnet{depth}_"
         dense = network.accuracy(network.fn, network.variables)
         figures[f"{prefix}float32_top1_percent"] = dense
-        long = [name for name in chosen if name in LONG and depth in args.long_depths]
-        plans = [(name, "", long_epochs) for name in long]
+        many = args.long_seeds[place] if place < len(args.long_seeds) else 0
+        long = {name: int(not place) if name == CONTROL else many for name in LONG}
+        plans = [(name, "", long_epochs) for name in chosen if long.get(name)]
         plans += [(name, "tuned_", epochs) for name in chosen]
         # Seed by seed, so that what is there after some hours is a whole experiment.
         found = {plan: [] for plan in plans}
         for seed in seeds:
             for plan in plans:
                 name, stage, passes = plan
-                if not stage and seed - args.seed >= args.long_seeds:
+                if not stage and seed - args.seed >= long[name]:
                     continue
                 compute = functools.partial(network.variant, name, passes, seed)
                 key = key_of(args, depth, name, passes, seed)
