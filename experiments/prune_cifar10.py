@@ -68,7 +68,7 @@ class Args(Options):
     long_epochs: float = 12
     """Epochs for the variants of the headline."""
     long_seeds: tuple[int, ...] = (3, 1)
-    """How many of the seeds, for each of --depths; the control: one, of the first."""
+    """How many of the seeds, for each of --depths, 0 if none; the control: one, of the first."""
     learning_rate: float = 0.05
     """At the start; it falls to 0 along a cosine."""
     variants: tuple[str, ...] = ()
@@ -267,6 +267,8 @@ def main(args: Args, report: Report) -> dict[str, Any]:
     """All networks, variants and seeds."""
     if args.seeds < 1 or min(args.epochs, args.long_epochs) <= 0:
         raise ValueError("--seeds, --epochs and --long-epochs must be positive")
+    if min(args.long_seeds, default=0) < 0:
+        raise ValueError(f"--long-seeds must not be negative, got {args.long_seeds}")
     chosen, runs = names(args), Runs(args.out, "prune_cifar10", report)
     epochs, long_epochs = (1, 2) if args.short else (args.epochs, args.long_epochs)
     seeds = range(args.seed, args.seed + (1 if args.short else args.seeds))
@@ -277,7 +279,7 @@ def main(args: Args, report: Report) -> dict[str, Any]:
         dense = network.accuracy(network.fn, network.variables)
         figures[f"{prefix}float32_top1_percent"] = dense
         many = args.long_seeds[place] if place < len(args.long_seeds) else 0
-        long = {name: int(not place) if name == CONTROL else many for name in LONG}
+        long = dict.fromkeys(LONG, many) | {CONTROL: min(many, int(place == 0))}
         plans = [(name, "", long_epochs) for name in chosen if long.get(name)]
         plans += [(name, "tuned_", epochs) for name in chosen]
         # Seed by seed, so that what is there after some hours is a whole experiment.

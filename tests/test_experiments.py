@@ -274,6 +274,8 @@ def test_pruned_networks_are_fine_tuned_and_runs_are_kept(capsys, tmp_path):
     assert again == row and (tmp_path / "prune_cifar10_runs.json").read_text() == runs
     line = fails(prune_cifar10, "prune_cifar10", capsys, "--variants", "channels51")
     assert line.startswith("error: unknown --variants ['channels51']")
+    line = fails(prune_cifar10, "prune_cifar10", capsys, "--long-seeds", "-1")
+    assert line.startswith("error: --long-seeds must not be negative")
 
 
 @needs_cifar  # the same folder holds the sentences
