@@ -13,6 +13,7 @@ experiments/results/situations_KIND.json.
 import dataclasses
 import importlib
 import pkgutil
+import sys
 from typing import Annotated
 
 import tyro
@@ -53,4 +54,5 @@ def main(args: Args, report: Report) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, "situations")
+    kind = next((argument for argument in sys.argv[1:2] if argument[0] != "-"), Args.kind)
+    run(main, f"situations_{kind}")
