@@ -125,10 +125,10 @@ def test_layers_of_scans_have_weights_for_each_trip_or_share_them():
         x = inner[-1] @ np.asarray(params["shared"], np.float64)
     grams = np.stack([v.T @ v for v in entering])[:, None]
     np.testing.assert_allclose(found[own.tap.name].gram, grams, rtol=1e-4, atol=1e-5)
-    assert found[own.tap.name].count.tolist() == [2, 2, 2]
+    assert found[own.tap.name].count.tolist() == [[2], [2], [2]]
     gram = sum(v.T @ v for v in inner)
     np.testing.assert_allclose(found[shared.tap.name].gram[0, 0], gram, rtol=1e-4, atol=1e-5)
-    assert found[shared.tap.name].count.tolist() == [6]
+    assert found[shared.tap.name].count.tolist() == [[6]]
 
 
 def test_what_is_no_view_of_a_leaf_is_refused_with_a_reason():
@@ -151,7 +151,7 @@ def test_moments_are_those_of_all_rows():
     hidden = np.maximum(x @ np.asarray(params["a"], np.float64), 0)
     for name, seen in (("a", x), ("b", hidden)):
         got = found[name]
-        assert got.count.tolist() == [17]
+        assert got.count.tolist() == [[17]]
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
         close(got.mean[0, 0], seen.mean(0))
         close(got.mean_magnitude[0, 0], np.abs(seen).mean(0))

@@ -17,8 +17,9 @@ from jaxcompress.cost.latency import Load, kept_fraction
 from jaxcompress.cost.operations import total, unruled, work
 from jaxcompress.cost.types import ActivationTypes
 from jaxcompress.formats import row_bytes
-from jaxcompress.graph import Site
+from jaxcompress.graph import Site, compat
 from jaxcompress.graph.inline import Op
+from jaxcompress.graph.products import numbers_at
 from jaxcompress.graph.sites import size
 
 
@@ -65,7 +66,7 @@ def _stored(path: str, leaf: Any) -> Stored:
 
 def op_class(site: Site) -> str:
     """One of `device.OPS`."""
-    if site.primitive == "dot_general":
+    if site.primitive in compat.PRODUCTS:
         return "matmul" if site.weight is None else "dense"
     rhs_in = site.config["dimension_numbers"].rhs_spec[1]
     kernel = site.operands[1].shape
@@ -80,15 +81,22 @@ def _times_read(site: Site, weight: int, leaves: list[Stored], calls: int) -> fl
     # `calls` times where it reuses the leaf. A larger operand is a concatenation of leaves.
     elements, largest = math.prod(site.operands[weight].shape), max(leaf.size for leaf in leaves)
     whole = largest if elements <= largest else sum(leaf.size for leaf in leaves)
-    return min(calls * elements / max(whole, 1), calls)
+    return min(calls * elements / max(whole, 1), calls) * _met(site)
+
+
+def _met(site: Site) -> float:
+    # Share of the experts that rows can reach at most.
+    if site.primitive != compat.RAGGED or (found := numbers_at(site)).group < 0:
+        return 1.0
+    rows = math.prod(site.operands[0].shape[axis] for axis in found.free[0])
+    return min(1.0, rows / max(site.operands[1].shape[found.group], 1))
 
 
 def _contracted(site: Site, weight: int) -> int:
     # The innermost contracted axis of the weight operand.
-    numbers = site.config["dimension_numbers"]
-    if site.primitive == "dot_general":
-        return max(numbers[0][weight], default=-1)
-    return numbers.rhs_spec[1]
+    if site.primitive in compat.PRODUCTS:
+        return max(numbers_at(site).contracted[weight], default=-1)
+    return site.config["dimension_numbers"].rhs_spec[1]
 
 
 def pattern(site: Site, weight: int, leaf: Stored, *, patterns: Iterable[str]) -> str:
@@ -124,12 +132,13 @@ def channels(site: Site) -> tuple[int, int]:
     """Contracted and output channels of a contraction (of one group, per tap)."""
     weight = 1 if site.weight is None else site.weight
     shape = site.operands[weight].shape
-    if site.primitive != "dot_general":
+    if site.primitive not in compat.PRODUCTS:
         outputs, inputs = (shape[i] for i in site.config["dimension_numbers"].rhs_spec[:2])
         return inputs, outputs
-    contracted, batch = (axes[weight] for axes in site.config["dimension_numbers"])
-    inputs = math.prod(shape[i] for i in contracted)
-    return inputs, math.prod(n for i, n in enumerate(shape) if i not in (*contracted, *batch))
+    found = numbers_at(site)
+    sizes = (math.prod(shape[i] for i in axes[weight]) for axes in (found.contracted, found.free))
+    inputs, outputs = sizes
+    return inputs, outputs
 
 
 def fill(site: Site, alignment: Mapping[str, Quantity]) -> float:

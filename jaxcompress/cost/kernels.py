@@ -17,7 +17,7 @@ elementwise: also where several are (residual additions), and slices and pads jo
 layer: also reductions (softmax, normalization, pooling).
 """
 
-_CONTRACTIONS = (compat.DOT, compat.CONV)
+_CONTRACTIONS = tuple(compat.CONTRACTIONS)
 _MOVES = operations.MOVES | operations.VIEWS | operations.CASTS
 _LIGHT = operations.ELEMENTWISE | _MOVES
 _INDEXED = ("gather", "dynamic_slice", "scatter", "scatter-add", "dynamic_update_slice")

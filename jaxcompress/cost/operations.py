@@ -104,7 +104,7 @@ _FREE = _names(
     "debug_callback debug_print psum psum_invariant psum_scatter all_gather all_gather_invariant "
     "all_to_all ppermute reduce_scatter pmax pmin axis_index"
 )
-_RULED = {LOOP, END, compat.DOT, compat.CONV}
+_RULED = {LOOP, END}
 
 
 def work(op: Op) -> Work | None:
@@ -118,7 +118,7 @@ def work(op: Op) -> Work | None:
     """
     name = op.primitive
     out = max((size(v.aval) for v in op.eqn.outvars), default=0)
-    if name in (compat.DOT, compat.CONV):
+    if name in compat.CONTRACTIONS:
         macs = count(op.eqn)
         return Work(macs.dense, macs.valid)
     if name in VIEWS or name in MOVES or name in _FREE or name in _RULED or name in CASTS:
@@ -183,13 +183,6 @@ def _fft(eqn: Any, out: int) -> tuple[int, int, int]:
     return 0, 0, 5 * batches * points * max(math.ceil(math.log2(max(points, 1))), 0)
 
 
-def _ragged(eqn: Any, out: int) -> tuple[int, int, int]:
-    # Every row of lhs [m, k] meets one of the matrices of rhs [g, k, n].
-    del out
-    macs = _ins(eqn) * eqn.invars[1].aval.shape[-1]
-    return macs, macs, 0
-
-
 def _cubed(share: float):
     def rule(eqn: Any, out: int) -> tuple[int, int, int]:
         del out
@@ -239,8 +232,6 @@ _RULES = {
         lambda eqn, out: (0, 0, _ins(eqn) * max(eqn.params["k"].bit_length(), 1)),
     ),
     "fft": _fft,
-    "ragged_dot": _ragged,
-    "ragged_dot_general": _ragged,
     "cholesky": _cubed(1 / 6),
     "lu": _cubed(1 / 3),
     "triangular_solve": _solved,

@@ -94,7 +94,7 @@ _RULES: dict[str, Callable[[Step], None]] = {
     "div": _div,
     "sign": _sign,
     "mul": product,
-    compat.DOT: product_of_arrays,
+    **dict.fromkeys(compat.PRODUCTS, product_of_arrays),
     compat.CONV: convolution,
     LOOP: enter_loop,
     END: leave_loop,

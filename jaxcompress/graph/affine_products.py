@@ -11,6 +11,7 @@ import numpy as np
 from jaxcompress.graph import compat
 from jaxcompress.graph.labels import Labels, depends
 from jaxcompress.graph.ports import Step, join, same
+from jaxcompress.graph.products import numbers_of
 
 _FACTOR = "it is a factor of a scaled value"
 
@@ -60,12 +61,9 @@ class Roles(NamedTuple):
 
 
 def _roles(eqn: Any) -> Roles:
-    contracted, batch = eqn.params["dimension_numbers"]
-    ranks = [len(variable.aval.shape) for variable in eqn.invars]
-    left, right = (
-        tuple(axis for axis in range(ranks[k]) if axis not in (*contracted[k], *batch[k]))
-        for k in (0, 1)
-    )
+    # The experts of a ragged product have one scale: rows of all of them lie side by side.
+    found = numbers_of(eqn)
+    contracted, batch, (left, right) = found.contracted, found.batch, found.free
     n, m = len(batch[0]), len(batch[0]) + len(left)
     out_free = tuple(range(n, m)), tuple(range(m, m + len(right)))
     return Roles(contracted, batch, (left, right), tuple(range(n)), out_free)
@@ -91,9 +89,12 @@ def output_axes(eqn: Any, w: int) -> set[int]:
 
 
 def product_of_arrays(step: Step) -> None:
-    """A `dot_general`; of activations and a weight, or of two arrays of which one has the scale."""
-    if step.op.operands[0] == step.op.operands[1]:
+    """A product; of activations and a weight, or of two arrays of which one has the scale."""
+    same_twice = step.op.operands[0] == step.op.operands[1]
+    if same_twice or numbers_of(step.op.eqn).parts == "summed":
         return step.fix_all()
+    if step.op.primitive == compat.RAGGED:
+        step.fix(2, "it says how many rows an expert has")
     roles = _roles(step.op.eqn)
     data = [step.is_data(port) for port in (0, 1)]
     for sign in (1, -1):

@@ -20,6 +20,7 @@ from jaxcompress.graph.axes_terms import (
     size,
     unify,
 )
+from jaxcompress.graph.products import numbers_of
 
 UNARY = frozenset(
     """abs acos acosh asin asinh atan atanh cbrt ceil clz conj convert_element_type copy copy_p cos
@@ -100,6 +101,21 @@ def _dot(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
     return [[*shared, *free]]
 
 
+def _ragged(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+    # As a product without the axis of the experts; neither their number nor the rows' can change.
+    found = numbers_of(eqn)
+    if found.parts == "summed":
+        return unknown(eqn, terms)
+    lhs, rhs, sizes = terms
+    if found.parts:
+        for term in (lhs[found.ragged], rhs[found.group], sizes[-1]):
+            freeze(term, "rows are shared out among experts along the axis")
+    for a, b in zip(*found.contracted, strict=True):
+        _settle(unify(lhs[a], rhs[b]))
+    shared = [unify(lhs[a], rhs[b]) for a, b in zip(*found.batch, strict=True)]
+    return [[*shared, *(lhs[a] for a in found.free[0]), *(rhs[a] for a in found.free[1])]]
+
+
 def _conv(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
     lhs, rhs = terms
     spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
@@ -132,6 +148,7 @@ RULES: dict[str, Rule] = {
     **SHAPES,
     compat.CONV: _conv,
     compat.DOT: _dot,
+    compat.RAGGED: _ragged,
     "rev": lambda eqn, terms: _along(eqn, terms, eqn.params["dimensions"]),
     "sort": lambda eqn, terms: _along(eqn, terms, [eqn.params["dimension"]]),
     "top_k": lambda eqn, terms: _along(eqn, terms, [eqn.params.get("axis", -1)]),

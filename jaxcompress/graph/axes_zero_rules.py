@@ -83,7 +83,7 @@ def marked(step: Step, zeros: Sequence[Zeros], marks: Marks) -> list[Zeros]:
     """What is known of the results besides zeros."""
     name, carried = step.eqn.primitive.name, frozenset(marks.carried)
     given = [z for v, z in zip(step.eqn.invars, zeros, strict=True) if not compat.is_literal(v)]
-    if name not in (compat.DOT, compat.CONV) and given:
+    if name not in compat.CONTRACTIONS and given:
         if all(marks.follows in z for z in given):
             return [frozenset({marks.follows})] * len(step.outs)
     if name in PASS:

@@ -19,6 +19,7 @@ from jaxcompress.graph.axes_scopes import CALLS, Scope, Step
 from jaxcompress.graph.axes_shapes import Terms
 from jaxcompress.graph.axes_terms import Atom, atoms
 from jaxcompress.graph.axes_zero_rules import Marks, Zeros, marked, within, zeros_of
+from jaxcompress.graph.products import numbers_of
 
 
 class Zeroes:
@@ -61,7 +62,7 @@ class Zeroes:
             "scan": self._scan,
             "while": self._while,
             "cond": self._cond,
-            compat.DOT: self._dot,
+            **dict.fromkeys(compat.PRODUCTS, self._dot),
             compat.CONV: self._conv,
         }.get(name)
         if special is None and name in REDUCTIONS:
@@ -87,11 +88,12 @@ class Zeroes:
     def _dot(self, step: Step, zeros: list[Zeros]) -> list[Zeros]:
         if self.marks.everywhere in zeros[0] | zeros[1]:
             return [self.marks.every]
-        contract, batch = step.eqn.params["dimension_numbers"]
-        lhs, (left, right) = step.ins[0], zeros
-        self._contracted([lhs[a] for a in contract[0]], left | right, compat.DOT)
-        n = len(batch[0])
-        cut = n + len(lhs) - n - len(contract[0])
+        found = numbers_of(step.eqn)
+        lhs, (left, right) = step.ins[0], zeros[:2]
+        name = step.eqn.primitive.name
+        self._contracted([lhs[a] for a in found.contracted[0]], left | right, name)
+        n = len(found.batch[0])
+        cut = n + len(found.free[0])
         out = step.outs[0]
         free_left, free_right = within(out[n:cut]), within(out[cut:])
         return [

@@ -2,14 +2,16 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from jaxcompress.graph.matrices import Layer, rows
+from jaxcompress.graph.matrices import Layer, reached, rows
 from jaxcompress.graph.sites import Tap
 from jaxcompress.graph.walk import walk
 
@@ -19,7 +21,7 @@ Batches = Sequence[tuple[Any, ...]]
 class Moments(NamedTuple):
     """Sums over all rows that entered a layer, float32; S, G, K as in `matrices.Layer.index`."""
 
-    count: Array  # [S] rows
+    count: Array  # [S, G] rows
     total: Array  # [S, G, K] sum of x
     magnitude: Array  # [S, G, K] sum of |x|
     largest: Array  # [S, G, K] max of |x|
@@ -29,25 +31,62 @@ class Moments(NamedTuple):
     @property
     def mean(self) -> Array:
         """[S, G, K] mean of x."""
-        return self.total / self._rows(2)
+        return self.total / self._rows(1)
 
     @property
     def mean_magnitude(self) -> Array:
         """[S, G, K] mean of |x|."""
-        return self.magnitude / self._rows(2)
+        return self.magnitude / self._rows(1)
 
     @property
     def variance(self) -> Array:
         """[S, G, K] mean of (x - mean)^2, exact where it is far smaller than the mean too."""
-        return self.scatter / self._rows(2)
+        return self.scatter / self._rows(1)
 
     @property
     def hessian(self) -> Array:
         """[S, G, K, K] mean of x x^T: half the Hessian of the layer's squared error."""
-        return self.gram / self._rows(3)
+        return self.gram / self._rows(2)
 
     def _rows(self, extra: int) -> Array:
-        return jnp.maximum(self.count, 1).reshape(-1, *(1,) * extra)
+        return jnp.maximum(self.count, 1).reshape(*self.count.shape, *(1,) * extra)
+
+    @property
+    def blind(self) -> Array:
+        """bool [S, G]: which matrices no row reached, experts to which no data was sent."""
+        return self.count == 0
+
+    def seen_as_white(self) -> "Moments":
+        """The same, with uncorrelated inputs of size 1 for the matrices that no row reached.
+
+        By these every input matters as much as the others: a method rounds to nearest, and prunes
+        by magnitude.
+        """
+        blind = self.blind[..., None]
+        eye = jnp.eye(self.gram.shape[-1])
+        return self._replace(
+            scatter=jnp.where(blind, 1.0, self.scatter),
+            gram=jnp.where(blind[..., None], eye, self.gram),
+        )
+
+
+def blind_matrices(moments: Moments) -> list[str]:
+    """[expert] of each matrix that no row reached; [trip, expert] where scans have their own."""
+    trips = len(moments.count) > 1
+    return [
+        f"[{trip}, {group}]" if trips else f"[{group}]"
+        for trip, group in np.argwhere(np.asarray(moments.blind)).tolist()
+    ]
+
+
+def warn_of_unseen(unseen: Sequence[str]) -> None:
+    """Warns of the matrices that no row reached, if there are any."""
+    if unseen:
+        warnings.warn(
+            "no row of the data reaches these experts, which are rounded to nearest and pruned by "
+            f"magnitude: {', '.join(unseen)}",
+            stacklevel=5,
+        )
 
 
 def check_batches(batches: Iterable[tuple[Any, ...]]) -> Batches:
@@ -141,7 +180,7 @@ def _empty(layer: Layer, gram: bool) -> Moments:
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     square = (*lead, groups, k, k) if gram else (*lead, groups, 0, 0)
     vector = zeros((*lead, groups, k))
-    return Moments(zeros(lead), vector, vector, vector, vector, zeros(square))
+    return Moments(zeros((*lead, groups)), vector, vector, vector, vector, zeros(square))
 
 
 @functools.partial(jax.jit, static_argnames=("fn",))
@@ -154,29 +193,34 @@ def _visit(tap: Tap, x: Array, state: Any) -> tuple[Array, Any]:
     if hasattr(grid, "snap"):
         x = grid.snap(x)
     if isinstance(moments, Moments):
-        moments = _added(moments, rows(tap, x).astype(jnp.float32))
+        moments = _added(moments, rows(tap, x).astype(jnp.float32), reached(tap, x))
     return x, (moments, grid)
 
 
-def _added(moments: Moments, x: Array) -> Moments:
+def _added(moments: Moments, x: Array, inside: Array | None) -> Moments:
+    # x [G, R, K], zeros in rows that are not `inside` [G, R]
     gram = moments.gram
     if gram.shape[-1] == x.shape[-1]:
         gram = gram + jnp.einsum("grk,grl->gkl", x, x, precision=lax.Precision.HIGHEST)
+    new = jnp.float32(x.shape[1])
+    new = jnp.full(len(x), new) if inside is None else jnp.sum(inside, axis=1, dtype=jnp.float32)
     added = jnp.sum(x, axis=1)
-    count, total = moments.count + x.shape[1], moments.total + added
-    mean = added / max(x.shape[1], 1)
+    part = moments._replace(count=new, total=added)
+    whole = moments._replace(count=moments.count + new, total=moments.total + added)
+    count, total = whole.count, whole.total
     # of both parts around the mean of all: n1 (mean1 - mean)^2 + n2 (mean2 - mean)^2 more
-    middle = total / jnp.maximum(count, 1)
     apart = (
-        moments.count * (moments.total / jnp.maximum(moments.count, 1) - middle) ** 2
-        + x.shape[1] * (mean - middle) ** 2
+        moments.count[:, None] * (moments.mean - whole.mean) ** 2
+        + new[:, None] * (part.mean - whole.mean) ** 2
     )
+    off = x - part.mean[:, None]
+    off = off if inside is None else jnp.where(inside[..., None], off, 0.0)
     return Moments(
         count,
         total,
         moments.magnitude + jnp.sum(jnp.abs(x), axis=1),
         jnp.maximum(moments.largest, jnp.max(jnp.abs(x), axis=1, initial=0.0)),
-        moments.scatter + jnp.sum((x - mean[:, None]) ** 2, axis=1) + apart,
+        moments.scatter + jnp.sum(off**2, axis=1) + apart,
         gram,
     )
 
@@ -189,7 +233,7 @@ def _of_trips(moments: Moments, layer: Layer) -> Moments:
     if not layer.shared:
         return flat
     total = Moments(*(jnp.sum(field, axis=0, keepdims=True) for field in flat))
-    apart = flat.count[:, None, None] * (flat.mean - total.mean) ** 2
+    apart = flat.count[..., None] * (flat.mean - total.mean) ** 2
     return total._replace(
         largest=jnp.max(flat.largest, axis=0, keepdims=True),
         scatter=jnp.sum(flat.scatter + apart, axis=0, keepdims=True),

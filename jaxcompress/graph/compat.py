@@ -16,7 +16,9 @@ from jax.api_util import debug_info
 from jax.custom_derivatives import SymbolicZero as SymbolicZero
 from jax.interpreters import partial_eval
 
-DOT, CONV = "dot_general", "conv_general_dilated"
+DOT, CONV, RAGGED = "dot_general", "conv_general_dilated", "ragged_dot_general"
+PRODUCTS = frozenset({DOT, RAGGED})
+CONTRACTIONS = PRODUCTS | {CONV}
 JIT = frozenset({"jit", "pjit"})
 CALL = frozenset({"closed_call", "core_call", "core_closed_call"})
 REMAT = frozenset({"remat2", "checkpoint", "remat"})
@@ -25,7 +27,6 @@ CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr
 OPAQUE = frozenset(
     {
         "ragged_dot",
-        "ragged_dot_general",
         "scaled_dot",
         "scaled_matmul",
         "scaled_matmul_wrapper",

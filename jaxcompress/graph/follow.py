@@ -84,9 +84,11 @@ def follow(
 
 def _equation(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list[Origin]:
     name = eqn.primitive.name
-    if name in (compat.DOT, compat.CONV):
-        lhs, rhs = origins
+    if name in compat.CONTRACTIONS:
+        lhs, rhs, *sizes = origins
         active, result = flow.contract(lhs, rhs, eqn.outvars[0].aval)
+        if sizes and sizes[0].moves and not any(active):  # rows of parameters, chosen by inputs
+            active, result = (True, False), flow.data(eqn.outvars[0].aval)
         _record(found, here, eqn, origins=(lhs, rhs), active=active)
         return [result]
     if name in compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM:

@@ -16,7 +16,14 @@ from jax import Array
 from jaxcompress.core.paths import leaves_with_paths, match_rules
 from jaxcompress.formats import Format, Granularity
 from jaxcompress.formats.elementwise import elementwise
-from jaxcompress.graph.capture import Batches, Moments, capture, stream
+from jaxcompress.graph.capture import (
+    Batches,
+    Moments,
+    blind_matrices,
+    capture,
+    stream,
+    warn_of_unseen,
+)
 from jaxcompress.graph.matrices import Layer, Layers
 
 Progress = Callable[[Iterable], Iterable]
@@ -93,7 +100,7 @@ def solve_layers(
       layer_at_a_time: hold one X^T X at a time, at the price of a pass for each layer.
       progress: wraps the layers, for a progress bar.
     """
-    current = params
+    current, unseen = params, []
     one_by_one = list(itertools.chain(*layers))
     what: dict[str, Any] = {"gram": gram, "grids": grids}
 
@@ -114,8 +121,10 @@ def solve_layers(
     for uses in progress(_Sized(layers)):
         moments = merged([next(seen) for _ in uses])
         layer = uses[0]
-        new = solve(layer, leaf(current, layer.path), moments)
+        unseen += [layer.path + where for where in blind_matrices(moments)]
+        new = solve(layer, leaf(current, layer.path), moments.seen_as_white())
         current = replaced(current, {layer.path: new})
+    warn_of_unseen(unseen)
     return current
 
 
@@ -138,7 +147,7 @@ def merged(parts: Sequence[Moments]) -> Moments:
         return parts[0]
     sums = jax.tree.map(lambda first, *rest: sum(rest, start=first), *parts)
     # around the mean of all: n (mean_part - mean)^2 more
-    apart = [part.count[:, None, None] * (part.mean - sums.mean) ** 2 for part in parts]
+    apart = [part.count[..., None] * (part.mean - sums.mean) ** 2 for part in parts]
     largest = jnp.max(jnp.stack([part.largest for part in parts]), axis=0)
     return sums._replace(largest=largest, scatter=sum(apart, start=sums.scatter))
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcompress.graph import compat
+from jaxcompress.graph.products import multiply_accumulates
 
 
 class Macs(NamedTuple):
@@ -16,11 +17,12 @@ class Macs(NamedTuple):
 
 
 def count(eqn: Any) -> Macs:
-    """MACs of a `dot_general` or `conv_general_dilated` equation.
+    """MACs of a contraction's equation.
 
-    dot: |out| * prod(contracted sizes). conv: |out| * input channels per group * prod(kernel);
-    `valid` leaves out the products with padding or with the zeros between dilated inputs. Complex
-    numbers take four products of their parts.
+    dot: |out| * prod(contracted sizes), ragged or not: a row meets one matrix.
+    conv: |out| * input channels per group * prod(kernel); `valid` leaves out the products with
+    padding or with the zeros between dilated inputs. Complex numbers take four products of their
+    parts.
     """
     dense, valid = _count(eqn)
     parts = 4 if np.issubdtype(eqn.outvars[0].aval.dtype, np.complexfloating) else 1
@@ -28,12 +30,11 @@ def count(eqn: Any) -> Macs:
 
 
 def _count(eqn: Any) -> tuple[int, int]:
+    if eqn.primitive.name in compat.PRODUCTS:
+        total = multiply_accumulates(eqn)
+        return total, total
     lhs, rhs = (v.aval.shape for v in eqn.invars)
     out = eqn.outvars[0].aval.shape
-    if eqn.primitive.name == compat.DOT:
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        total = math.prod(out) * math.prod(lhs[axis] for axis in contracted)
-        return total, total
     lhs_spec, rhs_spec, out_spec = eqn.params["dimension_numbers"]
     # The kernel's input axis holds the channels of one group already; the output's batch axis is
     # one group's batch already. So neither group count enters.

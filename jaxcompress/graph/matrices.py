@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcompress.graph import compat
+from jaxcompress.graph.products import members, numbers_at
 from jaxcompress.graph.sites import Site, Tap
 from jaxcompress.graph.trace import Program, trace_program
 from jaxcompress.graph.views import views
@@ -23,8 +24,8 @@ class Layer(NamedTuple):
       path: of the leaf.
       index: int [S, G, K, N], positions in the flattened leaf. S: trips of the enclosing scans with
         weights of their own, 1 if they share them; G: groups of a convolution, batch axes of a
-        product; K: what is summed over, for convolutions taps times input channels (of a group),
-        channels last; N: outputs (of a group).
+        product, in front of them the experts of a ragged one; K: what is summed over, for
+        convolutions taps times input channels (of a group), channels last; N: outputs (of a group).
     """
 
     tap: Tap
@@ -87,19 +88,29 @@ def layers_of(program: Program) -> Layers:
         (tap,) = taps
         if place not in seen:
             refused[site.name] = f"its weight is computed from {', '.join(site.params)}"
-        elif site.config.get("batch_group_count", 1) > 1:
-            refused[site.name] = "it is a convolution with batch groups"
+        elif reason := _refusal(site):
+            refused[site.name] = reason
         elif tap.name in names:
             view = seen[place]
             found.append(Layer(tap, view.path, _arranged(site, view.index)))
     return Layers(tuple(found), refused)
 
 
+def _refusal(site: Site) -> str:
+    if site.config.get("batch_group_count", 1) > 1:
+        return "it is a convolution with batch groups"
+    if site.primitive != compat.RAGGED or not (parts := numbers_at(site).parts):
+        return ""
+    if parts == "summed":
+        return "it is a ragged product that sums over the parts"
+    return "" if site.weight == 1 else "it is a ragged product whose rows are weights"
+
+
 def _arranged(site: Site, index: np.ndarray) -> np.ndarray:
     depth = index.ndim - len(site.operands[site.weight or 0].shape)
     lead = index.shape[:depth]
     index = index.reshape(math.prod(lead), *index.shape[depth:])
-    if site.primitive == compat.DOT:
+    if site.primitive in compat.PRODUCTS:
         assert site.weight is not None
         return _dot_matrices(index, site, site.weight)
     out, into, *space = site.config["dimension_numbers"].rhs_spec
@@ -110,16 +121,15 @@ def _arranged(site: Site, index: np.ndarray) -> np.ndarray:
     return index.transpose(0, 2, 1, 3)
 
 
-def _dot_axes(site: Site, operand: int) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
-    contracted, batch = (axes[operand] for axes in site.config["dimension_numbers"])
-    rank = len(site.operands[operand].shape)
-    free = [axis for axis in range(rank) if axis not in (*contracted, *batch)]
-    return tuple(batch), tuple(contracted), free
+def _dot_axes(site: Site, operand: int) -> tuple[tuple[int, ...], ...]:
+    found = numbers_at(site)
+    return found.batch[operand], found.contracted[operand], found.free[operand]
 
 
 def _dot_matrices(index: np.ndarray, site: Site, operand: int) -> np.ndarray:
     batch, contracted, free = _dot_axes(site, operand)
-    shape = site.operands[operand].shape
+    shape, group = site.operands[operand].shape, numbers_at(site).group
+    batch = (group, *batch) if operand == 1 and group >= 0 else batch
     sizes = (math.prod(shape[axis] for axis in axes) for axes in (batch, contracted, free))
     order = (axis + 1 for axis in (*batch, *contracted, *free))
     return index.transpose(0, *order).reshape(len(index), *sizes)
@@ -128,18 +138,45 @@ def _dot_matrices(index: np.ndarray, site: Site, operand: int) -> np.ndarray:
 def rows(tap: Tap, x: Array) -> Array:
     """The activation operand of a layer as rows [G, R, K], the K of `Layer.index`.
 
-    Rows of a convolution are its patches, zeros where they lie on padding.
+    Rows of a convolution are its patches, zeros where they lie on padding. A ragged product has all
+    rows in each of its parts, zeros where they are not among those that reach it (`reached`).
     """
     site = tap.site
-    if site.primitive == compat.DOT:
-        batch, contracted, free = _dot_axes(site, tap.operand)
-        sizes = (math.prod(x.shape[axis] for axis in axes) for axes in (batch, free, contracted))
-        return jnp.transpose(x, (*batch, *free, *contracted)).reshape(*sizes)
+    if site.primitive in compat.PRODUCTS:
+        each = rows_of_operand(tap, x)
+        inside = reached(tap, x)
+        if inside is None:
+            return each
+        parts = len(inside) // max(len(each), 1)
+        return jnp.where(inside[..., None], jnp.tile(each, (parts, 1, 1)), 0)
     patches = _patches(x, site)
     groups = site.config["feature_group_count"]
     *positions, taps, channels = patches.shape
     patches = patches.reshape(math.prod(positions), taps, groups, channels // groups)
     return jnp.transpose(patches, (2, 0, 1, 3)).reshape(groups, len(patches), -1)
+
+
+def rows_of_operand(tap: Tap, x: Array) -> Array:
+    """The activation operand of a product as rows [batch axes, R, K], each of them once."""
+    batch, contracted, free = _dot_axes(tap.site, tap.operand)
+    sizes = (math.prod(x.shape[axis] for axis in axes) for axes in (batch, free, contracted))
+    return jnp.transpose(x, (*batch, *free, *contracted)).reshape(*sizes)
+
+
+def reached(tap: Tap, x: Array) -> Array | None:
+    """Which of the `rows` count in which group: bool [G, R]; None if all do in all.
+
+    Raises:
+      ValueError: the tap is of a ragged product, and not one that `walk` gives its visitor.
+    """
+    site = tap.site
+    if site.primitive != compat.RAGGED or (found := numbers_at(site)).parts != "rows":
+        return None
+    if tap.sizes is None:
+        raise ValueError(f"{tap.name!r}: the rows of each part are known while walk visits it only")
+    inside = members(found, x.shape, tap.sizes)
+    batch = len(found.batch[0])
+    return inside.reshape(math.prod(inside.shape[: 1 + batch]), -1)
 
 
 def _patches(x: Array, site: Site) -> Array:
@@ -193,7 +230,9 @@ def taps(
 
 
 def columns(tap: Tap, y: Any) -> Any:
-    """The result of a layer (or anything of its shape) as [G, R, N]; R as in `rows`.
+    """The result of a layer (or anything of its shape) as [G, R, N]; G, R as in `rows`.
+
+    The parts of a ragged product all have the rows of all.
 
     >>> fn = lambda p, x: x @ p
     >>> (layer,) = layers(fn, jnp.ones((4, 8)), jnp.ones((2, 3, 4))).layers
@@ -201,7 +240,7 @@ def columns(tap: Tap, y: Any) -> Any:
     (1, 6, 8)
     """
     site = tap.site
-    if site.primitive == compat.DOT:
+    if site.primitive in compat.PRODUCTS:
         batch, _, free = _dot_axes(site, tap.operand)
         count, first = len(batch), tap.operand == 0
         other = y.ndim - count - len(free)
@@ -209,7 +248,9 @@ def columns(tap: Tap, y: Any) -> Any:
         theirs = [count + i + (len(free) if first else 0) for i in range(other)]
         order = (*range(count), *mine, *theirs)
         sizes = (math.prod(y.shape[a] for a in part) for part in (range(count), mine, theirs))
-        return y.transpose(order).reshape(*sizes)
+        y = y.transpose(order).reshape(*sizes)
+        group = numbers_at(site).group
+        return y if group < 0 else jnp.tile(y, (site.operands[1].shape[group], 1, 1))
     batch, channel, *space = site.config["dimension_numbers"].out_spec
     groups = site.config["feature_group_count"]
     y = y.transpose(channel, batch, *space)

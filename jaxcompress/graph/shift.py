@@ -123,6 +123,8 @@ def _private(flat: Flat, path: str) -> bool:
 def _fits(flat: Flat, layer: Layer, bias: Bias) -> bool:
     # Whether what every row of a layer adds can go into its bias.
     config, site = layer.site.config, layer.site
+    if site.primitive == compat.RAGGED:  # every expert adds something else
+        return False
     if layer.index.shape[0] > 1 or math.prod(site.loops) > 1 or not _private(flat, bias.path):
         return False
     if site.primitive == compat.DOT:

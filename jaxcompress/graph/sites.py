@@ -10,12 +10,12 @@ import jax
 
 @dataclass(frozen=True)
 class Site:
-    """One contraction equation of the traced function: a `dot_general` or a convolution.
+    """One contraction equation of the traced function: a product of arrays or a convolution.
 
     Attributes:
       name: unique; the path of the parameter leaf that feeds it ("Conv_0/kernel"; the largest, if
         there are several), else its name stack, else the primitive; repeats get "#1", "#2", ...
-      primitive: "dot_general" or "conv_general_dilated".
+      primitive: "dot_general", "ragged_dot_general" or "conv_general_dilated".
       params: paths of all parameter leaves that the weight operand is made of; () if none.
       weight: index of the operand that is made of parameters; None if there is none.
       calls: how often it runs: product of the trip counts of the enclosing scans. A `while` counts
@@ -24,7 +24,8 @@ class Site:
       out: shape and dtype of the result of one call.
       macs: multiply-accumulates of one call, taps that fall on padding counted.
       valid_macs: the same without the taps on padding and on the zeros of a dilated input.
-      config: parameters of the equation: dimension_numbers, precision, ...; for convolutions also
+      config: parameters of the equation: dimension_numbers (for ragged products
+        ragged_dot_dimension_numbers), precision, ...; for convolutions also
         window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count,
         batch_group_count.
       loops: lengths of the enclosing scans, outermost first.
@@ -60,11 +61,19 @@ class Tap:
       site: where.
       operand: 0 or 1.
       name: the site's name if it has one activation operand, else with "/lhs" or "/rhs".
+      sizes: what a visitor of `walk` finds at a ragged product: the group sizes of this call,
+        int [g] or [*axes in front, g]; None everywhere else.
     """
 
     site: Site
     operand: int
     name: str
+    sizes: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds real floating-point numbers, which can be put on a grid."""
+        return jax.numpy.issubdtype(self.aval.dtype, jax.numpy.floating)
 
     @property
     def aval(self) -> jax.ShapeDtypeStruct:

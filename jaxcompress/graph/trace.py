@@ -106,7 +106,7 @@ def _report(
         if item.unentered:
             unentered.append(f"{item.unentered}: {base}")
             unreachable.setdefault(base, item.unentered)
-            if item.eqn.primitive.name in (compat.DOT, compat.CONV):
+            if item.eqn.primitive.name in compat.CONTRACTIONS:
                 contractions[item.place] = _site(item, _unique(base, beyond_names), conds)
             continue
         is_site = any(item.active)
@@ -160,7 +160,7 @@ def _site(item: Found, name: str, conds: dict[tuple[int, ...], int]) -> Site:
     eqn, origins = item.eqn, item.origins
     weights = [i for i in (0, 1) if not item.active[i] and origins[i].params]
     counts = macs.count(eqn)
-    lhs, rhs = (shape_dtype(v.aval) for v in eqn.invars)
+    lhs, rhs = (shape_dtype(v.aval) for v in eqn.invars[:2])
     return Site(
         name=name,
         primitive=eqn.primitive.name,

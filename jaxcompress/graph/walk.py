@@ -1,5 +1,6 @@
 """Evaluates a function again and lets a visitor see or change what enters its contractions."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -109,6 +110,8 @@ class _Walker:
                 taps = self.taps.get(here, ())
                 for tap in taps:
                     x = operands[tap.operand]
+                    if tap.site.primitive == compat.RAGGED:
+                        tap = dataclasses.replace(tap, sizes=operands[2])
                     operands[tap.operand], states[tap.name] = self._see(tap, x, states[tap.name])
                 compute = functools.partial(compat.evaluate, eqn)
                 if taps and self.around is not None:

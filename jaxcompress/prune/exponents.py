@@ -33,7 +33,7 @@ _HOMOGENEOUS = frozenset(
 )
 # f(c x, c y, ...) = f(x, y, ...)
 _SCALE_FREE = frozenset("eq ne lt le gt ge sign argmax argmin".split())
-_PRODUCTS = frozenset({"mul", "div", compat.DOT, compat.CONV})
+_PRODUCTS = frozenset({"mul", "div"}) | compat.CONTRACTIONS
 _POWERS = frozenset({"integer_pow", "square", "sqrt", "rsqrt"})
 _RULES = _VIEWS | _HOMOGENEOUS | _SCALE_FREE | _PRODUCTS | _POWERS
 _CALLS = compat.JIT | compat.CALL | compat.REMAT

@@ -6,7 +6,8 @@ of every contraction with a weight, by the name of its tap (`graph.trace(...).ta
 
 - the channels of a convolution are its input channels, all groups together;
 - those of a product are what it sums over, in the order of `graph.matrices.rows`: one number per
-  row of a dense kernel (batch axes of the product, such as experts, in front: [G * K]);
+  row of a dense kernel (batch axes of the product, such as experts, in front: [G * K]; the experts
+  of a ragged one have their inputs in common: [K]);
 - inside scans there is a row of channels per trip, [*loops, channels]: the layers of a stack, or
   the steps of a recurrence.
 
@@ -31,7 +32,7 @@ from jaxcompress.core.compressor import at_path, holds
 from jaxcompress.core.paths import match_rules
 from jaxcompress.graph import Tap, compat, trace, walk
 from jaxcompress.graph.capture import each_batch
-from jaxcompress.graph.matrices import rows
+from jaxcompress.graph.matrices import rows_of_operand
 
 Batch = tuple[Any, ...]
 
@@ -56,8 +57,8 @@ def maps(tap: Tap, x: Array) -> Array:
 
     Products have no space: each of their rows is a sample.
     """
-    if tap.site.primitive == compat.DOT:
-        x = rows(tap, x)
+    if tap.site.primitive in compat.PRODUCTS:
+        x = rows_of_operand(tap, x)
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
     batch, channel, *space = tap.site.config["dimension_numbers"].lhs_spec
     return jnp.transpose(x, (batch, *space, channel))

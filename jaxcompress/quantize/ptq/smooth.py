@@ -103,7 +103,7 @@ def awq(
         for layer in layers:
             losses += _losses(
                 leaf(params, layer.path),
-                moments[layer.tap.name].hessian,
+                _by_rows(moments[layer.tap.name]),
                 inputs,
                 exponents,
                 layer=_Static((layer, channels_of(group, layer))),
@@ -199,5 +199,11 @@ def _per_channel(group: Absorption, layer: Layer, values: Array) -> Array:
 def _mean_per_channel(group: Absorption, layer: Layer, moments: Moments) -> Array:
     at = slots(group, layer)
     zeros = jnp.zeros(group.channels)
-    total = zeros.at[at].add(moments.mean_magnitude.reshape(-1), mode="drop")
-    return total / jnp.maximum(zeros.at[at].add(1.0, mode="drop"), 1.0)
+    rows = jnp.broadcast_to(moments.count[..., None], moments.magnitude.shape)
+    total = zeros.at[at].add(moments.magnitude.reshape(-1), mode="drop")
+    return total / jnp.maximum(zeros.at[at].add(rows.reshape(-1), mode="drop"), 1.0)
+
+
+def _by_rows(moments: Moments) -> Array:
+    # X X^T over the mean number of rows of a matrix: one that more rows reach counts more.
+    return moments.gram / jnp.maximum(jnp.mean(moments.count), 1.0)
