@@ -67,6 +67,26 @@ def test_all_runtimes_give_the_same(network, files):
         np.testing.assert_allclose(outputs(session(files[name]), x, batch=4), want, atol=1e-4)
 
 
+def test_codes_are_compared_as_numbers(network, tmp_path):
+    params, x = network
+    program = jc.quantize.integer_only(apply_fn, params, [x])
+    paths = {name: tmp_path / f"{name}.tflite" for name in ("numbers", "codes")}
+    jc.export.litert(program, path=paths["numbers"])
+    jc.export.litert(program, path=paths["codes"], interface="int8")
+    loaded = session(paths["codes"])
+    (taken,), (made,) = loaded.takes, loaded.gives
+    assert taken is not None and made is not None
+    (scale, zero), (step, start) = taken, made
+    codes = np.clip(np.rint(x / scale) + zero, -128, 127).astype(np.int8)
+    given = outputs(loaded, codes)  # codes in, codes out
+    assert given.dtype == np.int8
+    want = (given.astype(np.float64) - start) * step
+    np.testing.assert_allclose(outputs(loaded, x), want, rtol=1e-6)
+    np.testing.assert_allclose(outputs(session(paths["numbers"]), x), want, rtol=1e-5, atol=1e-6)
+    found = jc.export.benchmark(paths, x, reference=want, repeats=1)
+    assert all((row.largest_difference or 0.0) < 1e-5 for row in found.values())
+
+
 def test_differences_are_counted(network, files):
     params, x = network
     changed = reference(params, x)

@@ -6,6 +6,11 @@ import shlex
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,6 +26,53 @@ def test_quick_start_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "stm32l4r5" in printed and "814120 -> FileSize(" in printed
     assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.broad
+def test_shipping_runs_as_printed(tmp_path, monkeypatch, capsys):
+    for package in ("onnx", "onnxruntime", "ai_edge_litert", "litert_converter"):
+        pytest.importorskip(package)
+    (code,) = re.findall(r"## Shipping\n.*?```py\n(.*?)```", README, re.S)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"kernel": normal(3, 3, 3, 8), "dense": normal(8, 5), "bias": normal(5)}
+
+    def apply_fn(params, x):
+        x = jax.lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(jax.nn.relu(x), (1, 2)) @ params["dense"] + params["bias"]
+
+    recipe = jc.by_path(
+        {"kernel|dense": jc.quantize.weights(jc.formats.integer(4), axis=-1)}, default=jc.identity()
+    )
+    images = normal(16, 8, 8, 3)
+    names = {
+        "jc": jc,
+        "apply_fn": apply_fn,
+        "params": params,
+        "packed": recipe.pack(params, recipe.init(params)),
+        "batches": [images],
+        "x": images[:1],
+        "images": images,
+    }
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        names["logits"] = apply_fn(params, images)
+        exec(compile(code, "README.md", "exec"), names)
+    assert "onnx" in capsys.readouterr().out
+    program = names["program"]
+    simulated = program.dequantize(program.run(program.quantize_input(images)))
+    measured = jc.export.benchmark(
+        {"onnx": "int8.onnx", "litert": "int8.tflite"}, images, reference=simulated, repeats=1
+    )
+    for row in measured.values():  # the same integers, up to the rounding of accumulators
+        step = float(program.grids[program.output].qparams.scale)
+        assert (row.largest_difference or 0.0) < 2.5 * step
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "int8.onnx", "int4.onnx", "dynamic.onnx",
+        "int8.tflite", "dynamic.tflite", "model.stablehlo",
+    }  # fmt: skip
 
 
 def test_there_are_two_commands_and_ci_runs_the_second():

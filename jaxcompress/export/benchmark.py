@@ -41,6 +41,9 @@ def benchmark(
 ) -> dict[str, Measured]:
     """Runs files in their runtimes, interleaved, and compares what they give.
 
+    A file that takes codes (LiteRT's `interface="int8"`) may be given numbers: they are put on the
+    grid that it names before the clock starts, and its result is compared as numbers.
+
     Args:
       files: {name: path} of `.onnx`, `.tflite` and `.stablehlo` files of one network, or one path.
       *inputs: [N, ...], what the network takes; none: random numbers, and nothing is compared.
@@ -69,7 +72,7 @@ def benchmark(
             _check(name, loaded, given)
     known = _reference(reference, given)
     first = {
-        name: [_padded(x[: rows[name]], rows[name]) for x in given]
+        name: [_padded(x[: rows[name]], rows[name]) for x in _taken(loaded, given)]
         if given
         else example(loaded, batch=batch)
         for name, loaded in found.items()
@@ -106,8 +109,9 @@ def _batch(loaded: Session, batch: int) -> int:
 def _check(name: str, loaded: Session, given: list[np.ndarray]) -> None:
     if len(given) != len(loaded.shapes):
         raise ValueError(f"{name}: takes {len(loaded.shapes)} inputs, got {len(given)}")
+    taken = _taken(loaded, given)
     for number, (x, shape, dtype) in enumerate(
-        zip(given, loaded.shapes, loaded.dtypes, strict=True)
+        zip(taken, loaded.shapes, loaded.dtypes, strict=True)
     ):
         sizes = tuple(shape[1:])
         fits = x.ndim == len(shape) and all(
@@ -116,8 +120,39 @@ def _check(name: str, loaded: Session, given: list[np.ndarray]) -> None:
         if not fits or x.dtype != dtype:
             raise ValueError(
                 f"{name}: input {number} must be {dtype} [N, {', '.join(map(str, sizes))}], "
-                f"got {x.dtype} {x.shape}"
+                f"got {given[number].dtype} {x.shape}"
             )
+
+
+def _on_grid(loaded: Session, given: list[np.ndarray]) -> list[bool]:
+    # Which inputs are numbers where the file takes codes.
+    places = loaded.takes or [None] * len(given)
+    return [
+        place is not None
+        and np.issubdtype(dtype, np.integer)
+        and np.issubdtype(x.dtype, np.floating)
+        for x, place, dtype in zip(given, places, loaded.dtypes, strict=True)
+    ]
+
+
+def _taken(loaded: Session, given: list[np.ndarray]) -> list[np.ndarray]:
+    # q = clip(round(x / s) + z) of numbers where the file takes codes.
+    taken = list(given)
+    for k, on_grid in enumerate(_on_grid(loaded, given)):
+        if on_grid:
+            place, dtype = loaded.takes[k], loaded.dtypes[k]
+            assert place is not None
+            ends = np.iinfo(dtype)
+            codes = np.rint(given[k].astype(np.float64) / place.scale) + place.zero
+            taken[k] = np.clip(codes, ends.min, ends.max).astype(dtype)
+    return taken
+
+
+def _numbers(loaded: Session, y: np.ndarray) -> np.ndarray:
+    place = loaded.gives[0]
+    if place is None or not np.issubdtype(y.dtype, np.integer):
+        return y
+    return ((y.astype(np.float64) - place.zero) * place.scale).astype(np.float32)
 
 
 def _padded(x: np.ndarray, rows: int) -> np.ndarray:
@@ -126,12 +161,14 @@ def _padded(x: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _outputs(loaded: Session, given: list[np.ndarray], rows: int) -> np.ndarray:
-    count = len(given[0])
-    parts = []
+    count, parts = len(given[0]), []
+    as_numbers = any(_on_grid(loaded, given))
+    given = _taken(loaded, given)
     for start in range(0, count, rows):
         pieces = [_padded(x[start : start + rows], rows) for x in given]
         parts.append(np.array(loaded.run(*pieces)[0])[: count - start])
-    return np.concatenate(parts)
+    found = np.concatenate(parts)
+    return _numbers(loaded, found) if as_numbers else found
 
 
 def _reference(reference: Any, given: list[np.ndarray]) -> np.ndarray | None:

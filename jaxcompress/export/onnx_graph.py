@@ -73,11 +73,15 @@ class Graph:
         names = self._nodes[key].outputs
         return names[0] if outputs == 1 else names
 
-    def constant(self, array: Any, *, stored: str = "") -> str:
-        """The name of a constant; `stored` "int4" or "uint4" packs two numbers in a byte."""
+    def constant(self, array: Any, *, stored: str = "", of: Any = None) -> str:
+        """The name of a constant; `stored` "int4" or "uint4" packs two numbers in a byte.
+
+        Equal constants are one, save those `of` different things: runtimes that rewrite what
+        belongs to one operation (a zero point) would change it for others, or refuse the file.
+        """
         array = np.asarray(array)
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
-        key = (array.dtype.name, array.shape, stored, digest)
+        key = (array.dtype.name, array.shape, stored, digest, of)
         if key not in self._constants:
             name = self._constants[key] = self._name()
             self._arrays[name] = (array, stored)

@@ -139,9 +139,13 @@ class Lowering:
         return tensor._replace(name=name, grid=None)
 
     def grid_constants(self, grid: LiveGrid) -> tuple[str, str]:
-        """Scale and zero point, of no axes: others keep products of integers from forming."""
+        """Scale and zero point, of no axes: others keep products of integers from forming.
+
+        Every grid has a zero point of its own: OpenVINO moves that of an input behind a mean, and
+        would take away one that the grid on the other side shares.
+        """
         scale = self.graph.constant(np.asarray(grid.scale, np.float32))
-        return scale, self.graph.constant(np.asarray(grid.zero, grid.dtype))
+        return scale, self.graph.constant(np.asarray(grid.zero, grid.dtype), of=scale)
 
     def ordered(self, tensor: Tensor, order: Order) -> Tensor:
         """The same with its axes in another order."""

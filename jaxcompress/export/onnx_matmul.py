@@ -111,7 +111,7 @@ def _in_integers(low: Lowering, x: Tensor, matrix: Codes) -> str:
     # y = S_x S_w sum_k (q_x - z_x) q_w, S_x and z_x of this tensor
     quantized, scale, zero = low.emit("DynamicQuantizeLinear", [x.name], outputs=3)
     codes = low.graph.constant(matrix.codes)
-    zeros = low.graph.constant(np.zeros((), np.int8))
+    zeros = low.graph.constant(np.zeros((), np.int8), of=codes)
     sums = low.emit("MatMulInteger", [quantized, codes, zero, zeros])
     shape = (-1,) if matrix.scale.size > 1 else ()
     steps = low.graph.constant(matrix.scale.reshape(shape))

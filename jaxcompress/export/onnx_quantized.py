@@ -104,7 +104,7 @@ def dequantized(low: Lowering, codes: Codes, *, wide: bool = False) -> str | Non
     else:
         scale, zero = scale.reshape(()), zero.reshape(())
     name, kind = stored(low, codes, wide=wide)
-    zeros = low.graph.constant(np.asarray(zero, np.int8), stored=kind)
+    zeros = low.graph.constant(np.asarray(zero, np.int8), stored=kind, of=name)
     return low.emit("DequantizeLinear", [name, low.graph.constant(scale), zeros], **attributes)
 
 

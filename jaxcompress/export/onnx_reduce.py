@@ -97,10 +97,14 @@ def _window(low: Lowering, e: Equation) -> None:
         raise low.refuse(e, "windows are lowered where two axes have none and at most three do")
     order = _window_order(low, e, idle[:2], rank)
     chosen = [columns[axis] for axis in order[2:]]
-    name, shape = _pooled(low, e, order, chosen, largest)
+    pooled = _pooled(low, e, order, chosen, largest)
     x_grid = None if low.known(e.operands[0]) is not None else low.live(e.operands[0]).grid
-    grid = x_grid if largest else None
-    low.put(e.outputs[0], name, order=order, shape=shape, grid=grid)
+    if largest:
+        return _put(low, e, pooled._replace(grid=x_grid))
+    count, dtype = math.prod(c[0] for c in chosen), low.avals[e.outputs[0]].dtype
+    factor = low.graph.constant(np.asarray(count, dtype))
+    _put(low, e, pooled._replace(name=low.emit("Mul", [pooled.name, factor])))
+    low.sums[e.outputs[0]] = count, lambda: pooled
 
 
 def _takes_largest(low: Lowering, e: Equation) -> bool:
@@ -129,7 +133,8 @@ def _window_order(low: Lowering, e: Equation, lead: list[int], rank: int) -> tup
 
 def _pooled(
     low: Lowering, e: Equation, order: tuple[int, ...], columns: list[Any], largest: bool
-) -> tuple[str, tuple[Any, ...]]:
+) -> Tensor:
+    # The largest number of every window, or its mean.
     x = low.tensor(e.operands[0], order=order, codes=largest)
     attributes = {
         "kernel_shape": tuple(c[0] for c in columns),
@@ -139,8 +144,6 @@ def _pooled(
     }
     shape = tuple(low.shape(e.outputs[0])[axis] for axis in order)
     if largest:
-        return low.emit("MaxPool", [x.name], **attributes), shape
-    count = math.prod(attributes["kernel_shape"])
+        return Tensor(low.emit("MaxPool", [x.name], **attributes), order, shape)
     name = low.emit("AveragePool", [x.name], count_include_pad=1, **attributes)
-    factor = low.graph.constant(np.asarray(count, low.avals[e.outputs[0]].dtype))
-    return low.emit("Mul", [name, factor]), shape
+    return Tensor(name, order, shape)

@@ -31,7 +31,7 @@ _ONE = {
     "cosh": "Cosh", "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh",
 }  # fmt: skip
 _TWO = {
-    "mul": "Mul", "pow": "Pow", "eq": "Equal", "lt": "Less",
+    "pow": "Pow", "eq": "Equal", "lt": "Less",
     "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual",
 }  # fmt: skip
 
@@ -112,13 +112,31 @@ def _is_float(low: Lowering, number: int) -> bool:
 @rule("div")
 def _div(low: Lowering, e: Equation) -> None:
     count = low.array(e.operands[1])
-    mean = low.sums.get(e.operands[0])
-    if mean is not None and count is not None and low.uses[e.operands[0]] == 1:
-        n, emit = mean
-        if (count == n).all():
-            found: Tensor = emit()
-            return low.put(e.outputs[0], found.name, order=found.order, shape=found.shape)
-    together(low, e, lambda names: low.emit("Div", names))
+    if count is None or not _is_mean(low, e, e.operands[0], lambda n: count == n):
+        together(low, e, lambda names: low.emit("Div", names))
+
+
+@rule("mul")
+def _mul(low: Lowering, e: Equation) -> None:
+    # A sum times 1 / N, as integer programs have it: a mean too, up to how 1 / N is rounded.
+    for x, other in (e.operands, e.operands[::-1]):
+        factor = low.array(other)
+        near = lambda n, f=factor: np.abs(np.asarray(f, np.float64) * n - 1) <= 2.0**-23
+        if factor is not None and _is_mean(low, e, x, near):
+            return
+    together(low, e, lambda names: low.emit("Mul", names))
+
+
+def _is_mean(low: Lowering, e: Equation, x: int, of: Callable[[int], Any]) -> bool:
+    # Whether the result is the mean of which x is the sum: `of` says it of the count.
+    if x not in low.sums or low.uses[x] != 1:
+        return False
+    count, emit = low.sums[x]
+    if not np.all(of(count)):
+        return False
+    found: Tensor = emit()
+    low.put(e.outputs[0], found.name, order=found.order, shape=found.shape)
+    return True
 
 
 @rule("clamp")

@@ -11,6 +11,13 @@ import numpy as np
 from jaxcompress.export.stablehlo import load_stablehlo
 
 
+class Place(NamedTuple):
+    """Where the grid of an integer input or output lies: x = scale * (code - zero)."""
+
+    scale: float
+    zero: int
+
+
 class Session(NamedTuple):
     """A file that is loaded and ready.
 
@@ -20,6 +27,7 @@ class Session(NamedTuple):
       shapes: of the inputs; a size that is free is None.
       dtypes: of the inputs.
       run: (*inputs) -> tuple of NumPy arrays, inputs of these shapes and dtypes.
+      takes, gives: grids of the inputs and outputs, as the file says; None where it has none.
     """
 
     path: Path
@@ -27,10 +35,18 @@ class Session(NamedTuple):
     shapes: tuple[tuple[int | None, ...], ...]
     dtypes: tuple[np.dtype, ...]
     run: Callable[..., tuple[np.ndarray, ...]]
+    takes: tuple[Place | None, ...] = ()
+    gives: tuple[Place | None, ...] = ()
 
 
 def session(path: str | os.PathLike, *, threads: int = 1) -> Session:
     """Loads a file by its suffix: `.onnx`, `.tflite`, `.stablehlo`.
+
+    ONNX Runtime computes what a file says here, which by default it does not: it would round the
+    float activations of integer weights to 8 bits where it joins them to `MatMulNBits`, in files of
+    any exporter (`session.qdq_matmulnbits_accuracy_level` is 1), and on x86 without VNNI its
+    products of uint8 and int8 would saturate (`session.x64quantprecision` is 1, and slower there;
+    a file that it refuses with that is loaded without).
 
     Args:
       path: of the file.
@@ -61,13 +77,13 @@ def _onnx(path: Path, threads: int) -> Session:
         import onnxruntime as ort
     except ImportError as error:
         raise _missing("onnxruntime") from error
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
     try:
-        found = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common public base
-        raise ValueError(f"{path}: ONNX Runtime refuses it: {error}") from error
+        found = _onnx_session(ort, path, threads, precise=True)
+    except Exception:  # its exceptions have no common public base
+        try:
+            found = _onnx_session(ort, path, threads, precise=False)
+        except Exception as error:
+            raise ValueError(f"{path}: ONNX Runtime refuses it: {error}") from error
     ports = found.get_inputs()
     names = [port.name for port in ports]
     return Session(
@@ -79,6 +95,16 @@ def _onnx(path: Path, threads: int) -> Session:
             np.asarray(y) for y in found.run(None, dict(zip(names, inputs, strict=True)))
         ),
     )
+
+
+def _onnx_session(ort: Any, path: Path, threads: int, *, precise: bool) -> Any:
+    # On x86 without VNNI the precise products are refused where weights share a zero point.
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4 if precise else 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _onnx_dtype(name: str) -> np.dtype:
@@ -112,7 +138,14 @@ def _litert(path: Path, threads: int) -> Session:
         return tuple(np.asarray(found.get_tensor(port["index"])) for port in gives)
 
     shapes = tuple(tuple(int(n) for n in port["shape"]) for port in takes)
-    return Session(path, "litert", shapes, tuple(np.dtype(port["dtype"]) for port in takes), run)
+    dtypes = tuple(np.dtype(port["dtype"]) for port in takes)
+    places = (tuple(map(_place, ports)) for ports in (takes, gives))
+    return Session(path, "litert", shapes, dtypes, run, *places)
+
+
+def _place(port: Any) -> Place | None:
+    scale, zero = port["quantization"]  # of several channels: (0.0, 0), as of none
+    return Place(float(scale), int(zero)) if scale else None
 
 
 def _natural(name: str) -> tuple[str, int]:

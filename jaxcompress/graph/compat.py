@@ -237,3 +237,16 @@ def dimension(size: Any, symbols: Mapping[str, Any]) -> Any:
     Values may be anything with `+ - * // %`, also from the right.
     """
     return size._evaluate(dict(symbols))
+
+
+def at_most(a: Any, b: Any) -> bool:
+    """Whether a <= b; of symbolic sizes, whether it holds for all values of their names.
+
+    >>> (batch,) = jax.export.symbolic_shape("batch")
+    >>> at_most(8, 8 * batch), at_most(8 * batch, 8), at_most(batch, 3)
+    (True, False, False)
+    """
+    try:
+        return bool(a <= b)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False

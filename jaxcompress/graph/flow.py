@@ -1,8 +1,13 @@
-"""Provenance: which parameter leaves a value is made of, and whether inputs reach it."""
+"""Provenance: which parameter leaves a value is made of, and whether inputs reach it.
+
+Sizes may be free: names that stand for any number ("batch"). Then a bound counts as kept only where
+it is kept for all their values.
+"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from jaxcompress.graph.compat import at_most
 from jaxcompress.graph.sites import size
 
 
@@ -31,7 +36,12 @@ class Origin(NamedTuple):
 
     def within(self, aval: Any) -> "Origin":
         """The same in a variable of this shape, which may be a slice."""
-        return self._replace(extent=min(self.extent, size(aval)))
+        return self._replace(extent=_least(self.extent, size(aval)))
+
+
+def _least(extent: Any, whole: Any) -> Any:
+    # The smaller of two bounds; the number of all elements where it depends on a free size.
+    return extent if at_most(extent, whole) else whole
 
 
 def constant(aval: Any) -> Origin:
@@ -60,7 +70,9 @@ def join(a: Origin, b: Origin, aval: Any) -> Origin:
     """Either of two values: the results of two branches, or of two trips of a loop."""
     if a.data or b.data:
         return data(aval)
-    extent = min(max(a.extent, b.extent), size(aval))
+    larger = b.extent if at_most(a.extent, b.extent) else a.extent
+    known = at_most(b.extent, larger)
+    extent = _least(larger, size(aval)) if known else size(aval)
     return Origin(a.params | b.params, mixed=a.mixed or b.mixed, extent=extent)
 
 
@@ -102,15 +114,15 @@ def through(primitive: str, origins: list[Origin], aval: Any) -> Origin:
     if primitive in _ELEMENTWISE or primitive in _UNARY:
         extent = 1
         for origin in origins:
-            extent = min(extent * origin.extent, size(aval))
+            extent = _least(extent * origin.extent, size(aval))
         return result._replace(extent=extent)
     return result
 
 
 def _kept(primitive: str, origins: list[Origin], out_size: int) -> bool:
     if primitive in _ELEMENTWISE:
-        spans = any(o.params and o.extent >= out_size for o in origins)
-        return spans and all(o.extent < out_size for o in origins if o.data)
+        spans = any(o.params and at_most(out_size, o.extent) for o in origins)
+        return spans and all(at_most(o.extent + 1, out_size) for o in origins if o.data)
     if primitive in _INDEXED:
         return bool(origins[0].params) and all(o.extent == 1 for o in origins[1:] if o.data)
     return False
