@@ -5,6 +5,7 @@
 3 update keeps the state's avals                 8 shardings are kept
 4 update never touches `learned`                 9 packed bytes are the predicted bytes
 5 eval_shape(init) agrees with init
+Where axes of a mesh are explicit, 3 and 8 are of types, and all results those of one device.
 """
 
 import math
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _trees import avals, bits_equal, small_tree
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
 import jaxcompress.prune as P
@@ -340,17 +341,22 @@ def test_law_of_bytes(made):
         assert jc.packed_bytes(leaf) == expected, path  # 9
 
 
-def test_law_of_shardings(made):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    comp, params = made.comp, _tree(jnp.float32)
-    state = comp.init(params)
+def _place(params, axis_type):
+    """The params on eight devices, those that divide in eight parts."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
     specs = {1: ("d",), 2: ("d", None), 4: (None,) * 3 + ("d",)}
 
     def place(w):
         spec = specs.get(w.ndim, ()) if w.size and w.dtype != jnp.int32 else ()
         return jax.device_put(w, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    placed = jax.tree.map(place, params)
+    return jax.tree.map(place, params)
+
+
+def test_law_of_shardings(made):
+    comp, params = made.comp, _tree(jnp.float32)
+    state = comp.init(params)
+    placed = _place(params, AxisType.Auto)
     state_placed = made.update(placed, comp.init(placed))
     assert bits_equal(jax.device_get(state_placed), jax.device_get(made.update(params, state)))
     view = made.apply(placed, state_placed)
@@ -359,3 +365,31 @@ def test_law_of_shardings(made):
     )
     for w, v in zip(jax.tree.leaves(placed), jax.tree.leaves(view), strict=True):
         assert v.sharding.is_equivalent_to(w.sharding, w.ndim)  # 8
+
+
+# One of each way to move elements; all others run the same wrapper around their functions.
+ON_MESHES = """int4_channel 2:4 prune_then_quantize mxfp4 int4_block uint8_percentile k_means3 lamp
+    magnitude_channel rigl l0""".split()
+MESH_CASES = [
+    pytest.param(n, marks=() if i < 3 else pytest.mark.broad) for i, n in enumerate(ON_MESHES)
+]
+
+
+@pytest.mark.parametrize("made", MESH_CASES, indirect=True, scope="module")
+def test_law_of_explicit_meshes(made):
+    # Shardings are part of the types here, so laws 3 and 8 are laws of types.
+    comp, params = made.comp, _tree(jnp.float32)
+    placed = _place(params, AxisType.Explicit)
+    init = jax.jit(comp.init)
+    with jax.set_mesh(placed["scalar"].sharding.mesh):  # where init needs no values, jit needs it
+        start = init(placed)
+    state = made.update(params, init(params), grads=params)
+    state_placed = made.update(placed, start, grads=placed)
+    assert bits_equal(jax.device_get(state_placed), jax.device_get(state))
+    types = lambda tree: [jax.typeof(x) for x in jax.tree.leaves(tree)]
+    assert types(state_placed) == types(start)
+    view, packed = made.apply(placed, state_placed), comp.pack(placed, state_placed)
+    assert types(view) == types(placed)
+    assert bits_equal(jax.device_get(view), jax.device_get(made.apply(params, state)))
+    assert bits_equal(jax.device_get(packed), jax.device_get(comp.pack(params, state)))
+    assert bits_equal(jax.device_get(jax.jit(jc.unpack)(packed)), jax.device_get(view))

@@ -15,6 +15,7 @@ from jaxcompress.core.compressor import (
     identity,
     is_absent,
     is_float_array,
+    quartet,
 )
 from jaxcompress.core.packed import (
     Masked,
@@ -82,7 +83,7 @@ def chain(*compressors: Compressor) -> Compressor:
             params = view
         return packed
 
-    return Compressor(init, apply, update, pack)
+    return quartet(init, apply, update, pack)
 
 
 def _need_compressor(what: str, compressor: Any) -> None:
@@ -210,7 +211,7 @@ def partition(
     def pack(params, state):
         return rebuild(params, lambda c, part, label: c.pack(part, sub(state, label)))
 
-    return Compressor(init, apply, update, pack)
+    return quartet(init, apply, update, pack)
 
 
 _REST = "(no rule)"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths
 
 Params = Any
@@ -41,6 +42,25 @@ class Compressor(NamedTuple):
     apply: Callable[[Params, CompressState], Params]
     update: Callable[..., CompressState]
     pack: Callable[[Params, CompressState], Packed]
+
+
+def quartet(
+    init: Callable[[Params], CompressState],
+    apply: Callable[[Params, CompressState], Params],
+    update: Callable[..., CompressState],
+    pack: Callable[[Params, CompressState], Packed],
+) -> Compressor:
+    """A `Compressor` of functions that need not care for meshes.
+
+    Where arrays lie on a mesh with explicit axes the compiler places what is between arguments and
+    results (`meshes.on_any_mesh`). Views are sharded like the params, new states like the old.
+    """
+    return Compressor(
+        on_any_mesh(init),
+        on_any_mesh(apply, like=lambda params, state: params),
+        on_any_mesh(update, like=lambda params, state: state),
+        on_any_mesh(pack),
+    )
 
 
 def is_float_array(x: Any) -> bool:
@@ -159,7 +179,7 @@ def per_leaf(
         treedef, packed = run(lambda w, s, g: (pack or apply)(w, s), params, state)
         return _replace(treedef, params, packed)
 
-    return Compressor(tree_init, tree_apply, tree_update, tree_pack)
+    return quartet(tree_init, tree_apply, tree_update, tree_pack)
 
 
 def _refuse(w: Any) -> None:

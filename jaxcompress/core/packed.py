@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.pytrees import packed_bytes, pytree
 from jaxcompress.core.smallest import for_any_mask, smallest_form
 from jaxcompress.core.sparse import Bitmask, Positions
@@ -226,6 +227,7 @@ def _unpack_leaf(leaf: Any) -> Any:
     return leaf
 
 
+@on_any_mesh
 def unpack(tree: Any) -> Any:
     """The arrays of a packed tree: what `Compressor.apply` gave, bit for bit.
 

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.core.compressor import Compressor, CompressState, is_float_array, state_leaves
+from jaxcompress.core.compressor import (
+    Compressor,
+    CompressState,
+    is_float_array,
+    quartet,
+    state_leaves,
+)
 from jaxcompress.formats import straight_through
 from jaxcompress.prune.magnitude import absolute
 from jaxcompress.prune.n_m import n_m
@@ -180,7 +186,7 @@ def top_kast(
     def pack(params, state):
         return pack_masks(params, state.buffers.masks)
 
-    return Compressor(init, apply, update, pack)
+    return quartet(init, apply, update, pack)
 
 
 def backward_masks(state: CompressState) -> Any:

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.core.compressor import Compressor, CompressState, at_path, holds, is_float_array
+from jaxcompress.core.compressor import (
+    Compressor,
+    CompressState,
+    at_path,
+    holds,
+    is_float_array,
+    quartet,
+)
 from jaxcompress.core.paths import leaves_with_paths, refuse_twins
 from jaxcompress.prune.schedules import as_schedule
 from jaxcompress.prune.scope import Scope, as_scope
@@ -138,7 +145,7 @@ def fixed(masks: Any) -> Compressor:
     def pack(params, state):
         return pack_masks(params, state.buffers.masks)
 
-    return Compressor(init, apply, update, pack)
+    return quartet(init, apply, update, pack)
 
 
 def _checked_mask(w: Any, mask: Any) -> Array:

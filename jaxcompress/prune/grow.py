@@ -16,6 +16,7 @@ from jaxcompress.core.compressor import (
     Compressor,
     CompressState,
     absent_if_empty,
+    quartet,
 )
 from jaxcompress.core.select import top_k_mask
 from jaxcompress.prune.criteria import random
@@ -167,7 +168,7 @@ def by_growth(
     def pack(params, state):
         return pack_masks(params, state.buffers.masks)
 
-    return Compressor(init, apply, update, pack)
+    return quartet(init, apply, update, pack)
 
 
 def _rewired(growth, fraction, key, w, mask, stats, grad):

@@ -14,6 +14,7 @@ from jaxcompress.core.compressor import (
     absent_if_empty,
     at_path,
     is_absent,
+    quartet,
     state_leaves,
 )
 from jaxcompress.core.paths import leaves_with_paths
@@ -134,7 +135,7 @@ def by_score(
     def pack(params, state):
         return pack_masks(params, state.buffers.masks)
 
-    return Compressor(init, apply, update, pack)
+    return quartet(init, apply, update, pack)
 
 
 def renewed(

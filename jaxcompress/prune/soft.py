@@ -21,6 +21,7 @@ from jaxcompress.core.compressor import (
     is_absent,
     per_leaf,
 )
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import path_str
 from jaxcompress.prune.gates import gate_values, packing, weights_per_gate
 from jaxcompress.prune.proximal import prox_l1
@@ -169,7 +170,7 @@ def l0(
         return state._replace(buffers=GateNoise(key, jnp.ones((), bool)))
 
     comp = per_leaf(init, apply, update=update, pack=packing(apply))
-    return comp._replace(init=tree_init)
+    return comp._replace(init=on_any_mesh(tree_init))
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from jaxcompress.core.compressor import (
     is_float_array,
     per_leaf,
 )
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.packed import fake_quantize, is_static, quantize
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.formats import (
@@ -205,7 +206,8 @@ def weights(
     comp = per_leaf(init, apply, update=update, pack=pack)
     if not draws:
         return comp
-    return comp._replace(init=lambda params: _with_keys(comp.init(params), params, seed))
+    with_keys = lambda params: _with_keys(comp.init(params), params, seed)
+    return comp._replace(init=on_any_mesh(with_keys))
 
 
 def _key_data(key: Array, number: int) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
-from jaxcompress.core.compressor import Compressor, CompressState
+from jaxcompress.core.compressor import Compressor, CompressState, quartet
 from jaxcompress.quantize.activations import ActivationQuantizer
 
 
@@ -87,7 +87,7 @@ def annealed_bits(make: Callable[[Any], Compressor], bits: Callable[[Array], Any
     def pack(params, state):
         return make(_number("pack", state)).pack(params, inner(state))
 
-    return Compressor(init, apply, update, pack)
+    return quartet(init, apply, update, pack)
 
 
 def annealed_activations(

@@ -1,0 +1,135 @@
+"""Arrays on meshes of explicit axes: methods are written as if the compiler laid everything out.
+
+On a mesh of `AxisType.Explicit` (what `jax.make_mesh` gives by default) the sharding of an array is
+part of its type, and JAX refuses a reshape, pad or repeat whose result it cannot place by itself.
+What a method does between its arguments and its results is left to the compiler here, as on a mesh
+of `AxisType.Auto`; only results get types again.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
+
+from jaxcompress.core.paths import leaves_with_paths
+
+
+class _Axes(NamedTuple):
+    mesh: Any  # Mesh, or AbstractMesh where all arrays are traced
+    free: Any  # the same with automatic axes where they are explicit
+
+    def loose(self, x: Any) -> Any:
+        """An array of the mesh as one that the compiler lays out; others are left alone."""
+        spec = _spec(x)
+        if spec is None:
+            return x
+        if isinstance(x, Tracer):
+            return reshard(x, PartitionSpec(*[None] * x.ndim))  # the mesh is that of the context
+        return jax.device_put(x, NamedSharding(self.free, spec))
+
+    def placed(self, x: Any, spec: PartitionSpec) -> Any:
+        """An array laid out by the compiler as one of the mesh."""
+        if not isinstance(x, jax.Array):
+            return x
+        put = reshard if isinstance(x, Tracer) else jax.device_put
+        return put(x, NamedSharding(self.mesh, spec))
+
+
+def _spec(x: Any) -> PartitionSpec | None:
+    """How an array of an explicit mesh is sharded; None for everything else."""
+    if not isinstance(x, jax.Array):
+        return None
+    sharding = jax.typeof(x).sharding
+    return sharding.spec if sharding.mesh.explicit_axes else None
+
+
+def _axes(tree: Any) -> _Axes | None:
+    """The mesh with explicit axes on which arrays of a tree lie; None if none does."""
+    mesh = None
+    for x in jax.tree.leaves(tree):
+        if _spec(x) is None:
+            continue
+        if not isinstance(x, Tracer):  # its mesh has devices
+            return _Axes(x.sharding.mesh, _free(x.sharding.mesh))
+        mesh = jax.typeof(x).sharding.mesh
+    return None if mesh is None else _Axes(mesh, _free(mesh))
+
+
+@functools.cache
+def _free(mesh: Any) -> Any:
+    automatic = {name: AxisType.Auto for name in mesh.explicit_axes}
+    if not isinstance(mesh, Mesh):
+        return mesh.update_axis_types(automatic)
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return Mesh(
+        mesh.devices, mesh.axis_names, axis_types=tuple(automatic.get(n, t) for n, t in types)
+    )
+
+
+def on_any_mesh(
+    function: Callable[..., Any], like: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The function, made to run on arguments of explicit meshes too; on others it stays as it is.
+
+    Inside, axes are automatic, in eager calls and under `jit`, `grad` and `vmap` alike. Under `jit`
+    arrays of one mesh are expected.
+
+    Args:
+      function: any function of pytrees; what it computes must not depend on how arrays lie.
+      like: (*arguments) -> a tree of the structure of the results, whose arrays say how these are
+        sharded. None: a result is sharded like the array of the first argument that has its shape
+        and whose path is part of its own (the mask at `masks/dense/kernel`, say, like the weight
+        `dense/kernel`); any other lies as the compiler chose, whole on every device under `jit`.
+
+    >>> double = on_any_mesh(lambda tree: {"twice": jax.tree.map(lambda x: 2 * x, tree)})
+    >>> double({"w": 1.0})
+    {'twice': {'w': 2.0}}
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        axes = _axes((args, kwargs))
+        if axes is None:
+            return function(*args, **kwargs)
+        abstract = axes.free.abstract_mesh if isinstance(axes.free, Mesh) else axes.free
+        with use_abstract_mesh(abstract):
+            positional, named = jax.tree.map(axes.loose, (args, kwargs))
+            out = function(*positional, **named)
+        leaves, treedef = jax.tree.flatten(out)
+        if like is not None:
+            specs = [_spec(x) or PartitionSpec() for x in treedef.flatten_up_to(like(*args))]
+        else:
+            specs = _specs(out, args[0])
+        return treedef.unflatten(map(axes.placed, leaves, specs))
+
+    return run
+
+
+def _specs(results: Any, params: Any) -> list[PartitionSpec]:
+    known = [(f"/{path}/", x.shape, _spec(x)) for path, x in leaves_with_paths(params)]
+
+    def spec(path, x):
+        within = [
+            (len(p), s)
+            for p, shape, s in known
+            if s and shape == x.shape and (p == "//" or p in f"/{path}/")
+        ]
+        if within:
+            return max(within, key=lambda pair: pair[0])[1]
+        found = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        return found.spec if isinstance(found, NamedSharding) else PartitionSpec()
+
+    return [spec(path, x) for path, x in leaves_with_paths(results)]
+
+
+def automatic(tree: Any) -> Any:
+    """The tree with arrays of explicit meshes on the same meshes with automatic axes, as they lie.
+
+    >>> automatic({"w": 1.0})
+    {'w': 1.0}
+    """
+    axes = _axes(tree)
+    return tree if axes is None else jax.tree.map(axes.loose, tree)
