@@ -80,7 +80,9 @@ def litert(
     if isinstance(model, IntegerProgram):
         if activations is not None:
             raise TypeError("litert(activations): an IntegerProgram has grids of its own")
-        fn, inputs = marked_program(model), (_program_input(model, arguments),)
+        program = marked_program(model)
+        fn = marked_weights(lambda _, x: program(x), (), dynamic=False)
+        inputs = (_program_input(model, arguments),)
     else:
         fn, inputs = _marked(model, arguments, activations)
     exported = lowered("litert", _flat(fn), inputs, platforms=("cpu",))

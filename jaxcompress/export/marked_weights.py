@@ -18,7 +18,13 @@ from jax import Array, lax
 
 from jaxcompress.core.packed import QTensor, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.export.marks import mark, mark_dynamic, stored_bits
+from jaxcompress.export.litert_convolutions import (
+    convolved,
+    in_two_dimensions,
+    padded,
+    simpler,
+)
+from jaxcompress.export.marks import FAKE_QUANT, mark, mark_dynamic, stored_bits
 from jaxcompress.graph import compat
 
 _VIEWS = frozenset(
@@ -109,6 +115,7 @@ class _Evaluation:
 
     def __init__(self, dynamic: bool):
         self.dynamic = dynamic
+        self.grids: dict[int, tuple[Any, dict[str, Any]]] = {}  # id of an array -> its mark
 
     def run(self, body: compat.Body, values: Sequence[Any]) -> list[Any]:
         """The results of a jaxpr."""
@@ -128,13 +135,17 @@ class _Evaluation:
         if name == "scan" and eqn.params["length"]:
             return self._scan(eqn, values)
         weights = [isinstance(x, Weight) for x in values]
+        if name == compat.CONV and not weights[0]:
+            return [self._conv(eqn, *values)]
+        if name == "pad" and not any(weights):
+            return [self._pad(eqn, *values)]
+        if name == "composite" and not any(weights):
+            return self._composite(eqn, values)
         if any(weights):
             if name in _VIEWS and len(values) == 1:
                 return [_viewed(eqn, values[0])]
             if name == compat.DOT and sum(weights) == 1:
                 return [self._dot(eqn, values, weights.index(True))]
-            if name == compat.CONV and weights == [False, True]:
-                return [self._conv(eqn, *values)]
             if name == "gather" and weights == [True, False] and _is_lookup(eqn, *values):
                 return [_looked_up(*values)]
         return compat.evaluate(eqn, list(map(_marked, values)))
@@ -179,14 +190,52 @@ class _Evaluation:
             return y
         return jnp.moveaxis(y, range(len(free)), range(len(sizes), y.ndim))
 
-    def _conv(self, eqn: Any, x: Array, w: Weight) -> Any:
+    def _conv(self, eqn: Any, x: Array, w: Any) -> Any:
         numbers = eqn.params["dimension_numbers"]
+        params, x = simpler(eqn.params, x, self._remark(x))
+        if not isinstance(w, Weight):
+            return convolved(params, x, w)
         # What kernels for dynamic ranges do not do is computed in floats.
-        grouped = eqn.params["feature_group_count"] > 1 and w.bits == 4
-        dilated = set(eqn.params["lhs_dilation"]) != {1} or eqn.params["batch_group_count"] > 1
-        if self.dynamic and not grouped and not dilated:
-            x = mark_dynamic(x, axes=tuple(a for a in range(x.ndim) if a != numbers.lhs_spec[0]))
-        return compat.evaluate(eqn, [x, _marked(w, numbers.rhs_spec[0])])[0]
+        grouped = params["feature_group_count"] > 1 and w.bits == 4
+        if not self.dynamic or grouped:
+            return convolved(params, x, _marked(w, numbers.rhs_spec[0]))
+        if x.ndim == 3:
+            params, (at, kernel, result) = in_two_dimensions(params)
+            w = w._replace(
+                array=np.expand_dims(w.array, kernel), step=np.expand_dims(w.step, kernel)
+            )
+            return jnp.squeeze(self._dynamic_conv(params, jnp.expand_dims(x, at), w), result)
+        return self._dynamic_conv(params, x, w)
+
+    def _dynamic_conv(self, params: dict[str, Any], x: Array, w: Weight) -> Array:
+        numbers = params["dimension_numbers"]
+        x = mark_dynamic(x, axes=tuple(a for a in range(x.ndim) if a != numbers.lhs_spec[0]))
+        return convolved(params, x, _marked(w, numbers.rhs_spec[0]))
+
+    def _pad(self, eqn: Any, x: Any, fill: Any) -> Any:
+        config = eqn.params["padding_config"]
+        holes = any(interior for *_, interior in config)
+        if not holes or not compat.is_literal(eqn.invars[1]) or fill != 0:
+            return compat.evaluate(eqn, [x, fill])[0]
+        return padded(x, config, self._remark(x))
+
+    def _composite(self, eqn: Any, values: list[Any]) -> Any:
+        found = compat.evaluate(eqn, values)
+        name, attributes = compat.composite(eqn)
+        if name == FAKE_QUANT and np.size(attributes["scale"]) == 1:
+            # The array is kept too: its id belongs to it for as long.
+            self.grids[id(found[0])] = (found[0], attributes)
+        return found
+
+    def _remark(self, x: Any) -> Callable[[Array], Array]:
+        """Puts moved numbers of an array on its grid, if it lies on a marked one."""
+        if id(x) not in self.grids:
+            return lambda moved: moved
+        attributes = self.grids[id(x)][1]
+        return lambda moved: mark(
+            moved, scale=attributes["scale"], zero_point=attributes["zero_point"],
+            bits=int(attributes["dtype"][1:]), narrow=attributes["narrow_range"],
+        )  # fmt: skip
 
 
 def _is_lookup(eqn: Any, table: Weight, indices: Any) -> bool:
