@@ -7,11 +7,12 @@ from typing import Any
 import jax
 
 from jaxcompress.graph import compat
+from jaxcompress.graph.axes_constants import Constant
 from jaxcompress.graph.axes_found import Axes, Cuttable, Group, frozen_of, members_of, names_of
 from jaxcompress.graph.axes_scopes import Follower, fixed, is_float
 from jaxcompress.graph.axes_shapes import shape
-from jaxcompress.graph.axes_terms import freeze, fresh
-from jaxcompress.graph.axes_zero_rules import Zeros, within
+from jaxcompress.graph.axes_terms import Atom, freeze, fresh
+from jaxcompress.graph.axes_zero_rules import Value, within
 from jaxcompress.graph.axes_zeros import Zeroes
 from jaxcompress.graph.sites import shape_dtype
 from jaxcompress.graph.trace import trace_program
@@ -107,18 +108,18 @@ def leaks(
 
 
 def follow_zeros(
-    program: Cuttable, masked: Mapping[str, Zeros], follows: Iterable[str] = ()
+    program: Cuttable, masked: Mapping[str, Iterable[Atom]], follows: Iterable[str] = ()
 ) -> Zeroes:
     """Follows zeros from parameters that are zero wherever the index of an atom is masked."""
     zeroes = Zeroes(program.atoms.values())
-    start = dict.fromkeys(program.leaves, frozenset())
+    follows, marks = frozenset(follows), zeroes.marks
+    start = []
     for (path, terms), v in zip(
         program.leaves.items(), program.traced.closed.jaxpr.invars, strict=False
     ):
-        if is_float(v):  # a mask says nothing of integers
-            start[path] = masked.get(path, frozenset()) & within(terms) & zeroes.marks.every
-    for path in follows:
-        start[path] = start[path] | {zeroes.marks.follows}
-    others = [frozenset()] * (len(program.scope.ins) - len(start))
-    zeroes.scope(program.scope, [*start.values(), *others])
+        # A mask says nothing of integers.
+        gone = marks.every & within(terms) & frozenset(masked.get(path, ())) if is_float(v) else ()
+        flags = frozenset({marks.follows} if path in follows else ())
+        start.append(Value(dict.fromkeys(gone, Constant(0, path)), flags))
+    zeroes.scope(program.scope, [*start, *[Value()] * (len(program.scope.ins) - len(start))])
     return zeroes

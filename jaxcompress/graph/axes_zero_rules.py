@@ -1,161 +1,280 @@
-"""Which results of a primitive are zero where its operands are; what is not listed is nowhere."""
+"""What results of a primitive are where masks make its operands a number; else they are unknown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jaxcompress.graph import compat
-from jaxcompress.graph.axes_rules import UNARY
+from jaxcompress.graph.axes_constants import Constant, Known, Place, combined, joined, times
+from jaxcompress.graph.axes_rules import NARY, UNARY
 from jaxcompress.graph.axes_scopes import Step
 from jaxcompress.graph.axes_shapes import Terms
 from jaxcompress.graph.axes_terms import Atom, atoms, size
+from jaxcompress.graph.products import numbers_of
 
-Zeros = frozenset[Atom]  # a value is zero wherever the index of one of these is masked
-
-KEEP = frozenset(
-    """abs asin asinh atan atanh cbrt ceil convert_element_type copy copy_p erf erf_inv expm1 floor
-    imag log1p name neg real reduce_precision round sign sin sinh sqrt square stop_gradient tan tanh
-    optimization_barrier pvary device_put conj""".split()
-)
-SHAPES = frozenset(
-    """reshape squeeze transpose slice split gather dynamic_slice rev cumsum cumprod
-    reduce_window_sum concatenate""".split()
-)
 ADD = frozenset({"add", "add_any", "sub"})
-PASS = frozenset("copy copy_p name optimization_barrier pvary stop_gradient".split())
+PASS = frozenset("copy copy_p name optimization_barrier pvary stop_gradient device_put".split())
+SHAPES = frozenset(
+    """reshape squeeze transpose slice split gather dynamic_slice rev sort cumsum cumprod cummax
+    cummin reduce_window_sum reduce_window_max reduce_window_min concatenate
+    dynamic_update_slice""".split()
+)
+ZERO = Constant(0)
 
 
-def within(terms: Terms) -> Zeros:
+class Value(NamedTuple):
+    """What is known of a value.
+
+    Attributes:
+      at: atom -> what the value is wherever its index is masked.
+      flags: marks that say something else of it.
+    """
+
+    at: Mapping[Atom, Constant] = MappingProxyType({})
+    flags: frozenset[Atom] = frozenset()
+
+    def zero(self, atom: Atom) -> bool:
+        """Whether it is 0 where the index is masked."""
+        return atom in self.at and self.at[atom].zero
+
+
+def within(terms: Terms) -> frozenset[Atom]:
     """All atoms of a value."""
     return frozenset(atom for term in terms for atom in atoms(term))
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Members of `Zeros` that stand for no axis.
+    """Atoms of interest, and those that stand for no axis.
 
     Attributes:
-      every: all atoms of interest, and `everywhere`.
-      everywhere: with this one a value is zero at all indices.
+      every: all atoms of interest.
+      everywhere: a value is the same number at all indices.
       follows: with this one a value is made of what goes with its channel.
       carried: with one of these it is that carry of a scan.
     """
 
-    every: Zeros
+    every: frozenset[Atom]
     everywhere: Atom
     follows: Atom
     carried: tuple[Atom, ...] = ()
 
+    def value(self, at: Mapping[Atom, Known], every: Known = None) -> Value:
+        """What is known by atom and everywhere; a number that holds everywhere stands alone."""
+        known = {atom: c for atom, c in at.items() if c is not None}
+        if every is not None and all(c.same(every) for c in known.values()):
+            known = {self.everywhere: every}
+        return Value(known)
+
+    def of(self, value: Value, terms: Terms, atom: Atom) -> Known:
+        """What a value with these axes is where the index is masked."""
+        if atom in value.at and atom in within(terms):
+            return value.at[atom]
+        return value.at.get(self.everywhere)
+
+
+class Given(NamedTuple):
+    """An equation and what is known of its operands."""
+
+    step: Step
+    values: Sequence[Value]
+    marks: Marks
+    scope: str
+
     @property
-    def flags(self) -> Zeros:
-        """Those that say nothing of zeros."""
-        return frozenset({self.follows, *self.carried})
+    def place(self) -> Place:
+        """For messages."""
+        return Place(self.step.eqn.primitive.name, self.scope)
+
+    def along(self, out: Terms, rule: Callable[[int, Atom], Known]) -> Value:
+        """The result from a rule (axis, atom) -> what it is at that index of that axis.
+
+        An atom on two axes, as in x[:, None] + x[None, :], must give the same along both.
+        """
+        found: dict[Atom, Known] = {}
+        for atom in self.marks.every & within(out):
+            axes = [axis for axis, term in enumerate(out) if atom in atoms(term)]
+            found[atom] = joined([rule(axis, atom) for axis in axes])
+        return Value({atom: c for atom, c in found.items() if c is not None})
+
+    def every(self) -> list[Known]:
+        """What the operands are everywhere."""
+        return [value.at.get(self.marks.everywhere) for value in self.values]
 
 
-def zeros_of(step: Step, zeros: Sequence[Zeros], marks: Marks) -> list[Zeros]:
-    """The zeros of the results of an equation without contractions, reductions and calls."""
-    name = step.eqn.primitive.name
+def results_of(given: Given) -> list[Value]:
+    """The results of an equation without contractions, reductions and calls."""
+    name, outs = given.step.eqn.primitive.name, given.step.outs
+    if name in PASS:
+        return [Value(value.at) for value in given.values]
+    if name in UNARY or name in NARY:
+        return [_elementwise(given)]
     if name == "broadcast_in_dim":
-        return _broadcast(step, zeros, marks)
+        return [_broadcast(given)]
     if name == "pad":
-        return _pad(step, zeros, marks)
-    if name in SHAPES or (name in KEEP and name in UNARY):
-        return _joined(step, zeros, marks)
-    found: Zeros = frozenset()
-    if name in ADD:
-        found = _met(step, zeros, _added(step, zeros, marks))
-    elif name in ("max", "min"):
-        zeros = _bounds(step, zeros, marks)
-        found = _met(step, zeros, frozenset.intersection(*zeros))
-    elif name in ("mul", "and"):
-        found = _met(step, zeros, zeros[0] | zeros[1])
-    elif name == "select_n":
-        found = _met(step, zeros, frozenset.intersection(*zeros[1:]))
-    elif name in ("div", "rem") or (name == "integer_pow" and step.eqn.params["y"] > 0):
-        found = _met(step, zeros, zeros[0])
-    elif name == "dynamic_update_slice":
-        found = zeros[0] & zeros[1]
-    return [found for _ in step.outs]
+        return [_pad(given)]
+    if name in SHAPES:
+        return [_moved(given)] * len(outs)
+    return [_undefined(given, out) for out in outs]
 
 
-def marked(step: Step, zeros: Sequence[Zeros], marks: Marks) -> list[Zeros]:
-    """What is known of the results besides zeros."""
+def _elementwise(given: Given) -> Value:
+    step, values, marks, scope = given
+    out, eqn = step.outs[0], step.eqn
+
+    def at(axis: int, atom: Atom) -> Known:
+        known, spare = [], []
+        for i, (value, terms) in enumerate(zip(values, step.ins, strict=True)):
+            here = len(terms) == len(out) and atom in atoms(terms[axis])
+            c = value.at.get(atom) if here else None
+            known.append(c or value.at.get(marks.everywhere))
+            if known[-1] is None and here and marks.follows in value.flags:
+                spare.append(i)
+        if spare and eqn.primitive.name in ADD and all(c is None or c.zero for c in known):
+            # What goes with its channel counts as masked where it is added to a zero.
+            known = [ZERO if i in spare else c for i, c in enumerate(known)]
+        return combined(eqn, known, scope)
+
+    return marks.value(given.along(out, at).at, combined(eqn, given.every(), scope))
+
+
+def _joined(given: Given, operands: Iterable[int], *, silent: bool) -> Value:
+    # An operand without the atom has nothing to say about it, if silent.
+    pairs = [(given.values[i], given.step.ins[i]) for i in operands]
+    found: dict[Atom, Known] = {}
+    for atom in given.marks.every & frozenset().union(*(within(terms) for _, terms in pairs)):
+        here = [pair for pair in pairs if not silent or atom in within(pair[1])]
+        found[atom] = joined([given.marks.of(value, terms, atom) for value, terms in here])
+    every = joined([value.at.get(given.marks.everywhere) for value, _ in pairs])
+    return given.marks.value(found, every)
+
+
+def _moved(given: Given) -> Value:
+    name, n = given.step.eqn.primitive.name, len(given.step.ins)
+    if name in ("gather", "dynamic_slice"):
+        return _joined(given, range(1), silent=True)
+    if name == "dynamic_update_slice":
+        return _joined(given, range(2), silent=False)
+    value = _joined(given, range(n), silent=True)
+    stays = _STAYS.get(name)
+    if stays is None:
+        return value
+    kept = {atom: c for atom, c in value.at.items() if c.undefined or stays(given, c)}
+    return Value(kept)
+
+
+def _covered(given: Given, c: Constant) -> bool:
+    # Whether no window of a maximum lies in the padding alone.
+    del c
+    p = given.step.eqn.params
+    sizes = zip(p["window_dimensions"], p["window_dilation"], p["padding"], strict=True)
+    plain = all(n == 1 for n in p["base_dilation"])
+    return plain and all(max(pads) < (n - 1) * d + 1 for n, d, pads in sizes)
+
+
+_STAYS: dict[str, Callable[[Given, Constant], bool]] = {
+    "cumsum": lambda given, c: c.zero,
+    "cumprod": lambda given, c: c.value in (0, 1),
+    "reduce_window_sum": lambda given, c: c.zero,
+    "reduce_window_max": _covered,
+    "reduce_window_min": _covered,
+}
+
+
+def _broadcast(given: Given) -> Value:
+    (value, *_), (terms, *_), out = given.values, given.step.ins, given.step.outs[0]
+    if given.marks.everywhere in value.at:
+        return Value(value.at)
+    kept = given.step.eqn.params["broadcast_dimensions"]
+    new = within([t for axis, t in enumerate(out) if axis not in kept])
+    inside = within(terms)
+    return Value(
+        {a: c for a, c in value.at.items() if a in inside and (a not in new or c.undefined)}
+    )
+
+
+def _pad(given: Given) -> Value:
+    (value, border), (terms, *_), out = given.values, given.step.ins, given.step.outs[0]
+    everywhere, inside = given.marks.everywhere, within(terms)
+    around = border.at.get(everywhere)
+    config = given.step.eqn.params["padding_config"]
+    padded = [axis for axis, sizes in enumerate(config) if any(sizes)]
+    found: dict[Atom, Known] = {}
+    for atom in given.marks.every & within(out):
+        c = given.marks.of(value, terms, atom)
+        if atom not in inside:
+            found[atom] = around
+        elif all(atom in atoms(terms[axis]) for axis in padded):
+            found[atom] = c
+        else:
+            found[atom] = joined([c, around])
+    return given.marks.value(found, joined([value.at.get(everywhere), around]))
+
+
+def _undefined(given: Given, out: Terms) -> Value:
+    # Of any other primitive only this is known: what NaN enters comes out.
+    found = {atom: c for value in given.values for atom, c in value.at.items() if c.undefined}
+    return Value({atom: c for atom, c in found.items() if atom in within(out)})
+
+
+def dot(given: Given) -> Value:
+    """The result of a product of two arrays."""
+    found = numbers_of(given.step.eqn)
+    first, n = len(found.batch[0]), len(found.batch[0]) + len(found.free[0])
+    (left, right), every = given.values[:2], given.every()[:2]
+
+    def at(axis: int, atom: Atom) -> Known:
+        a = left.at.get(atom) if axis < n else None
+        b = right.at.get(atom) if axis < first or axis >= n else None
+        return _summed(times(a or every[0], b or every[1], given.place))
+
+    known = given.along(given.step.outs[0], at)
+    return given.marks.value(known.at, _summed(times(*every, given.place)))
+
+
+def conv(given: Given) -> Value:
+    """The result of a convolution."""
+    spec = given.step.eqn.params["dimension_numbers"]
+    (left, right), every = given.values, given.every()
+    groups = within([given.step.ins[0][spec.lhs_spec[1]]])
+
+    def at(axis: int, atom: Atom) -> Known:
+        if axis != spec.out_spec[1]:
+            return _summed(times(*every, given.place))
+        a = left.at.get(atom) if atom in groups else None
+        return _summed(times(a or every[0], right.at.get(atom) or every[1], given.place))
+
+    found = given.along(given.step.outs[0], at)
+    return given.marks.value(found.at, _summed(times(*every, given.place)))
+
+
+def _summed(product: Known) -> Known:
+    # A sum of many such products.
+    return product if product is not None and (product.zero or product.undefined) else None
+
+
+def flags_of(given: Given) -> list[frozenset[Atom]]:
+    """What is known of the results besides numbers."""
+    step, values, marks, _ = given
     name, carried = step.eqn.primitive.name, frozenset(marks.carried)
-    given = [z for v, z in zip(step.eqn.invars, zeros, strict=True) if not compat.is_literal(v)]
-    if name not in compat.CONTRACTIONS and given:
-        if all(marks.follows in z for z in given):
+    named = [v for k, v in zip(step.eqn.invars, values, strict=True) if not compat.is_literal(k)]
+    if name not in compat.CONTRACTIONS and named:
+        if all(marks.follows in value.flags for value in named):
             return [frozenset({marks.follows})] * len(step.outs)
     if name in PASS:
-        return [z & carried for z in zeros]
-    kept: Zeros = frozenset()
+        return [value.flags & carried for value in values]
+    kept: frozenset[Atom] = frozenset()
     if name in ADD:
         same = [tuple(map(size, terms)) == tuple(map(size, step.outs[0])) for terms in step.ins]
-        if same[0] and marks.everywhere in zeros[1]:
-            kept |= zeros[0] & carried
-        if same[1] and marks.everywhere in zeros[0] and name != "sub":
-            kept |= zeros[1] & carried
+        if same[0] and values[1].zero(marks.everywhere):
+            kept |= values[0].flags & carried
+        if same[1] and values[0].zero(marks.everywhere) and name != "sub":
+            kept |= values[1].flags & carried
     return [kept] * len(step.outs)
 
 
-def _met(step: Step, zeros: Sequence[Zeros], found: Zeros) -> Zeros:
-    # An atom on two axes, as in x[:, None] + x[None, :]: an operand that has it on one of them is
-    # zero at that index only. Of a product one zero is enough, otherwise all must be.
-    enough = any if step.eqn.primitive.name in ("mul", "and") else all
-    lost = set()
-    for atom in found:
-        axes = [axis for axis, term in enumerate(step.outs[0]) if atom in atoms(term)]
-        if len(axes) > 1:
-            there = [(t, z) for t, z in zip(step.ins, zeros, strict=True) if atom in within(t)]
-            for axis in axes:
-                if not enough(atom in z and atom in atoms(t[axis]) for t, z in there):
-                    lost.add(atom)
-    return found - lost
-
-
-def _added(step: Step, zeros: Sequence[Zeros], marks: Marks) -> Zeros:
-    spare = [
-        z | within(terms) if marks.follows in z else z
-        for z, terms in zip(zeros, step.ins, strict=True)
-    ]
-    return frozenset.intersection(*spare) & frozenset().union(*zeros)
-
-
-def _bounds(step: Step, zeros: Sequence[Zeros], marks: Marks) -> list[Zeros]:
-    # max(0, b) = 0 for a number b <= 0, min(0, b) = 0 for b >= 0
-    sign = 1 if step.eqn.primitive.name == "min" else -1
-    return [
-        marks.every if compat.is_literal(v) and np.all(sign * np.asarray(v.val) >= 0) else z
-        for v, z in zip(step.eqn.invars, zeros, strict=True)
-    ]
-
-
-def _joined(step: Step, zeros: Sequence[Zeros], marks: Marks) -> list[Zeros]:
-    # An operand without the atom has nothing to say about it; all must be zero everywhere.
-    operands = list(zip(step.ins, zeros, strict=True))
-    if step.eqn.primitive.name == "optimization_barrier":
-        return list(zeros)
-    if step.eqn.primitive.name in ("gather", "dynamic_slice"):
-        operands = operands[:1]
-    found = set()
-    for atom in frozenset().union(*(z for _, z in operands)):
-        here = [z for terms, z in operands if atom is marks.everywhere or atom in within(terms)]
-        if all(atom in z for z in here):
-            found.add(atom)
-    return [frozenset(found) for _ in step.outs]
-
-
-def _broadcast(step: Step, zeros: Sequence[Zeros], marks: Marks) -> list[Zeros]:
-    if marks.everywhere in zeros[0]:
-        return [zeros[0]]
-    kept = step.eqn.params["broadcast_dimensions"]
-    new = [t for axis, t in enumerate(step.outs[0]) if axis not in kept]
-    return [(zeros[0] & within(step.ins[0])) - within(new)]
-
-
-def _pad(step: Step, zeros: Sequence[Zeros], marks: Marks) -> list[Zeros]:
-    if marks.everywhere in zeros[0] & zeros[1]:
-        return [marks.every]
-    inside = within(step.ins[0])
-    border = within(step.outs[0]) - inside
-    return [(zeros[0] & inside) | (zeros[1] & border)]
+def constant_of(literal: Any) -> Known:
+    """The number that a literal is; None if it is several."""
+    value = getattr(literal.val, "item", lambda: literal.val)
+    return Constant(value()) if getattr(literal.val, "size", 1) == 1 else None

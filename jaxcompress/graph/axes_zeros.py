@@ -1,63 +1,90 @@
-"""Where a masked network is exactly zero, and which groups are therefore cut without a trace.
+"""Where masks make a network a known number, and which groups are therefore cut without a trace.
 
 Removing a channel changes nothing if wherever the channel is summed over, it is zero in the masked
-network. Zeros are followed forward: a masked parameter is zero at its masked indices, functions
-with f(0) = 0 keep that, sigmoid and exp do not. Values are taken to be finite: 0 / 0 is no zero.
+network. What masks make known is followed forward: a masked parameter is zero at its masked
+indices, tanh of it too, exp of it is one, and what is divided by it is infinite or NaN.
 
 A parameter may instead be one that goes with its channel whatever it is: the bias and the scale of
 a norm. Adding it to a zero leaves a zero, multiplying by it makes none.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxcompress.graph import compat
+from jaxcompress.graph.axes_constants import Constant, Known, joined, times
 from jaxcompress.graph.axes_rules import REDUCTIONS
-from jaxcompress.graph.axes_scopes import CALLS, Scope, Step
-from jaxcompress.graph.axes_shapes import Terms
+from jaxcompress.graph.axes_scopes import CALLS, Scope
+from jaxcompress.graph.axes_shapes import shape
 from jaxcompress.graph.axes_terms import Atom, atoms
-from jaxcompress.graph.axes_zero_rules import Marks, Zeros, marked, within, zeros_of
+from jaxcompress.graph.axes_zero_rules import (
+    ZERO,
+    Given,
+    Marks,
+    Value,
+    constant_of,
+    conv,
+    dot,
+    flags_of,
+    results_of,
+    within,
+)
 from jaxcompress.graph.products import numbers_of
+
+# What a reduction does not see.
+NEUTRAL = {
+    "reduce_sum": 0,
+    "reduce_prod": 1,
+    "reduce_max": -math.inf,
+    "reduce_min": math.inf,
+    "reduce_and": True,
+    "reduce_or": False,
+    "reduce_xor": 0,
+}
 
 
 class Zeroes:
-    """Follows zeros; collects why a group is not cut without a trace, and where sizes stay."""
+    """Follows what masks make known; collects why a group is not cut without a trace.
+
+    Attributes:
+      reasons: atom -> why.
+      sums: atom -> where the program sums over it.
+    """
 
     def __init__(self, every: Iterable[Atom], carried: Iterable[Atom] = ()):
-        everywhere = Atom(0)
-        self.marks = Marks(frozenset([*every, everywhere]), everywhere, Atom(0), tuple(carried))
+        self.marks = Marks(frozenset(every), Atom(0), Atom(0), tuple(carried))
         self.reasons: dict[Atom, str] = {}
         self.sums: dict[Atom, str] = {}
+        self._place = ""
 
-    def scope(self, scope: Scope, ins: Sequence[Zeros]) -> list[Zeros]:
-        """The zeros of a jaxpr's results from those of its arguments."""
-        known: dict[Any, Zeros] = {v: frozenset() for v in scope.body.jaxpr.constvars}
+    def scope(self, scope: Scope, ins: Sequence[Value]) -> list[Value]:
+        """What is known of a jaxpr's results from what is known of its arguments."""
+        known: dict[Any, Value] = {v: Value() for v in scope.body.jaxpr.constvars}
         known.update(zip(scope.body.jaxpr.invars, ins, strict=True))
 
         def read(v):
             if compat.is_literal(v):
-                # A literal is zero everywhere or nowhere.
-                return self.marks.every if not np.any(np.asarray(v.val) != 0) else frozenset()
+                return self.marks.value({}, constant_of(v))
             return known[v]
 
+        outside = self._place
         for step in scope.steps:
-            zeros = [read(v) for v in step.eqn.invars]
-            outs = self._step(step, zeros)
-            flags = self.marks.flags
-            inside = [z & flags for z in outs]
-            new = inside if step.scopes else marked(step, zeros, self.marks)
-            for v, z, mark, terms in zip(step.eqn.outvars, outs, new, step.outs, strict=True):
-                # What an axis that is gone was masked for says nothing about the result.
-                left = z if self.marks.everywhere in z else z & within(terms)
-                known[v] = (left - flags) | mark
+            values = [read(v) for v in step.eqn.invars]
+            self._place = "/".join(part for part in (outside, compat.scope(step.eqn)) if part)
+            given = Given(step, values, self.marks, self._place)
+            results = self._step(given)
+            if not step.scopes:
+                flags = flags_of(given)
+                results = [Value(r.at, f) for r, f in zip(results, flags, strict=True)]
+            known.update(zip(step.eqn.outvars, results, strict=True))
+        self._place = outside
         return [read(v) for v in scope.body.jaxpr.outvars]
 
-    def _step(self, step: Step, zeros: list[Zeros]) -> list[Zeros]:
-        name = step.eqn.primitive.name
+    def _step(self, given: Given) -> Sequence[Value]:
+        name = given.step.eqn.primitive.name
         if name in CALLS:
-            return self.scope(step.scopes[0], zeros)
+            return self.scope(given.step.scopes[0], given.values)
         special = {
             "scan": self._scan,
             "while": self._while,
@@ -67,94 +94,131 @@ class Zeroes:
         }.get(name)
         if special is None and name in REDUCTIONS:
             special = self._reduce
-        return special(step, zeros) if special else zeros_of(step, zeros, self.marks)
+        return special(given) if special else results_of(given)
 
-    def _reduce(self, step: Step, zeros: list[Zeros]) -> list[Zeros]:
+    def _reduce(self, given: Given) -> list[Value]:
+        step, (value, *_) = given.step, given.values
         axes, name = step.eqn.params["axes"], step.eqn.primitive.name
+        everywhere = self.marks.everywhere
         for axis in axes:
             for atom in self.marks.every.intersection(atoms(step.ins[0][axis])):
-                if name != "reduce_sum":
-                    self.reasons.setdefault(atom, f"{name} sees the masked zeros")
-                elif atom not in zeros[0]:
-                    self.reasons.setdefault(atom, "reduce_sum over values that a mask leaves")
-                else:
+                c = self.marks.of(value, step.ins[0], atom)
+                if c is None or c.value != NEUTRAL[name]:
+                    self._blame(atom, name, c)
+                elif name == "reduce_sum":
                     self.sums.setdefault(atom, "a sum over the axis: a mean divides as before")
-        return [zeros[0]]
+        sizes = shape(step.eqn.invars[0])
+        count = math.prod(sizes[axis] for axis in axes)
+        left = self.marks.every & within(step.outs[0])
+        found = {atom: _reduced(name, c, count) for atom, c in value.at.items() if atom in left}
+        every = value.at.get(everywhere)
+        return [self.marks.value(found, None if every is None else _reduced(name, every, count))]
 
-    def _contracted(self, terms: Terms, both: Zeros, what: str) -> None:
-        for atom in self.marks.every.intersection(within(terms)) - both:
-            self.reasons.setdefault(atom, f"{what} over values that a mask leaves")
+    def _blame(self, atom: Atom, name: str, c: Known) -> None:
+        if c is not None and c.why:
+            why = f"{name} over values that a mask makes infinite or NaN: {c.why}"
+        elif name == "reduce_sum" or name not in NEUTRAL:
+            why = f"{name} over values that a mask leaves"
+        else:
+            why = f"{name} sees the masked zeros"
+        self.reasons.setdefault(atom, why)
 
-    def _dot(self, step: Step, zeros: list[Zeros]) -> list[Zeros]:
-        if self.marks.everywhere in zeros[0] | zeros[1]:
-            return [self.marks.every]
-        found = numbers_of(step.eqn)
-        lhs, (left, right) = step.ins[0], zeros[:2]
-        name = step.eqn.primitive.name
-        self._contracted([lhs[a] for a in found.contracted[0]], left | right, name)
-        n = len(found.batch[0])
-        cut = n + len(found.free[0])
-        out = step.outs[0]
-        free_left, free_right = within(out[n:cut]), within(out[cut:])
-        return [
-            frozenset(
-                atom
-                for atom in within(out)
-                if (atom in left or atom not in free_left)
-                and (atom in right or atom not in free_right)
-                and (atom in left or atom in right)
-            )
-        ]
+    def _contracted(self, given: Given, left: Any, right: Any) -> None:
+        # Axes of the operands along which products are summed.
+        for one, other in zip(left, right, strict=True):
+            for atom in self.marks.every & within([one, other]):
+                a, b = (
+                    self.marks.of(value, [term], atom)
+                    for value, term in zip(given.values[:2], (one, other), strict=True)
+                )
+                c = times(a, b, given.place)
+                if c is None or not c.zero:
+                    self._blame(atom, given.step.eqn.primitive.name, c)
 
-    def _conv(self, step: Step, zeros: list[Zeros]) -> list[Zeros]:
-        if self.marks.everywhere in zeros[0] | zeros[1]:
-            return [self.marks.every]
-        spec, (lhs, rhs), (left, right) = step.eqn.params["dimension_numbers"], step.ins, zeros
+    def _dot(self, given: Given) -> list[Value]:
+        left, right = numbers_of(given.step.eqn).contracted
+        lhs, rhs = given.step.ins[:2]
+        self._contracted(given, [lhs[a] for a in left], [rhs[a] for a in right])
+        return [dot(given)]
+
+    def _conv(self, given: Given) -> list[Value]:
+        spec = given.step.eqn.params["dimension_numbers"]
         # The channels of a group are summed over, the groups themselves are not.
-        self._contracted([rhs[spec.rhs_spec[1]]], left | right, compat.CONV)
-        outputs = within([rhs[spec.rhs_spec[0]]])
-        groups = within([lhs[spec.lhs_spec[1]]]) & outputs
-        return [(right & outputs) | (left & groups)]
+        inputs = given.step.ins[1][spec.rhs_spec[1]]
+        for atom in self.marks.every & within([inputs]):
+            values = [self.marks.of(value, [inputs], atom) for value in given.values]
+            c = times(*values, given.place)
+            if c is None or not c.zero:
+                self._blame(atom, compat.CONV, c)
+        return [conv(given)]
 
-    def _scan(self, step: Step, zeros: list[Zeros]) -> list[Zeros]:
+    def _scan(self, given: Given) -> list[Value]:
+        step, values = given.step, given.values
         n_consts, n_carry = compat.scan_sizes(step.eqn.params)
         start = n_consts + n_carry
         layers = within([terms[0] for terms in step.ins[start : start + 1]])
         for atom in self.marks.every & layers:
-            masked = [atom in z for z in zeros[start:]]
+            masked = [value.zero(atom) for value in values[start:]]
             if not _passes(step.scopes[0], n_consts, n_carry, masked):
                 self.reasons.setdefault(atom, "a layer of zeros changes what it passes on")
-        return self._loop(step.scopes[0], zeros, slice(n_consts, start))
+        return self._loop(step.scopes[0], values, slice(n_consts, start))
 
-    def _while(self, step: Step, zeros: list[Zeros]) -> list[Zeros]:
+    def _while(self, given: Given) -> list[Value]:
+        step, values = given.step, given.values
         n_test, n_step = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
-        given = zeros[n_test:]
-        results = self._loop(step.scopes[1], given, slice(n_step, len(given)))
-        self.scope(step.scopes[0], [*zeros[:n_test], *results])
+        inside = values[n_test:]
+        results = self._loop(step.scopes[1], inside, slice(n_step, len(inside)))
+        self.scope(step.scopes[0], [*values[:n_test], *results])
         return results
 
-    def _loop(self, scope: Scope, zeros: list[Zeros], carry: slice) -> list[Zeros]:
-        # Zeros of the carry in all trips: they only get fewer, so it ends.
-        zeros = list(zeros)
+    def _loop(self, scope: Scope, given: Sequence[Value], carry: slice) -> list[Value]:
+        # What is known of the carry in all trips: it only gets less, or NaN, so it ends.
+        values = list(given)
         while True:
-            results = self.scope(scope, zeros)
+            results = self.scope(scope, values)
             n = carry.stop - carry.start
-            again = [a & b for a, b in zip(zeros[carry], results[:n], strict=True)]
-            if again == zeros[carry]:
+            again = [self._both(pair) for pair in zip(values[carry], results[:n], strict=True)]
+            if all(map(_alike, again, values[carry])):
                 return [*again, *results[n:]]
-            zeros[carry] = again
+            values[carry] = again
 
-    def _cond(self, step: Step, zeros: list[Zeros]) -> list[Zeros]:
-        results = [self.scope(branch, zeros[1:]) for branch in step.scopes]
-        return [frozenset.intersection(*of_branches) for of_branches in zip(*results, strict=True)]
+    def _cond(self, given: Given) -> list[Value]:
+        results = [self.scope(branch, given.values[1:]) for branch in given.step.scopes]
+        return [self._both(of_branches) for of_branches in zip(*results, strict=True)]
+
+    def _both(self, values: Sequence[Value]) -> Value:
+        # A value that may be any of these.
+        everywhere = self.marks.everywhere
+        found = {
+            atom: joined([v.at.get(atom) or v.at.get(everywhere) for v in values])
+            for v in values
+            for atom in v.at
+        }
+        every = joined([v.at.get(everywhere) for v in values])
+        at = self.marks.value({a: c for a, c in found.items() if a is not everywhere}, every).at
+        return Value(at, frozenset.intersection(*(v.flags for v in values)))
+
+
+def _reduced(name: str, c: Constant, count: int) -> Known:
+    # The reduction of equal numbers.
+    if c.undefined or name in ("reduce_max", "reduce_min", "reduce_and", "reduce_or"):
+        return c
+    if name == "reduce_sum":
+        return c._replace(value=c.value * count)
+    return c if name == "reduce_prod" and c.value in (0, 1) else None
+
+
+def _alike(one: Value, other: Value) -> bool:
+    same = one.at.keys() == other.at.keys() and one.flags == other.flags
+    return same and all(c.same(other.at[atom]) for atom, c in one.at.items())
 
 
 def _passes(scope: Scope, n_consts: int, n_carry: int, masked: Sequence[bool]) -> bool:
     """Whether the body of a scan gives its carry on as it is where these rows are zero."""
     carried = [Atom(0) for _ in range(n_carry)]
     probe = Zeroes((), carried)
-    ins: list[Zeros] = [frozenset()] * n_consts
-    ins += [frozenset({mark}) for mark in carried]
-    ins += [probe.marks.every if zero else frozenset() for zero in masked]
+    ins = [Value()] * n_consts
+    ins += [Value({}, frozenset({mark})) for mark in carried]
+    ins += [probe.marks.value({}, ZERO) if zero else Value() for zero in masked]
     results = probe.scope(scope, ins)[:n_carry]
-    return all(mark in z for mark, z in zip(carried, results, strict=True))
+    return all(mark in value.flags for mark, value in zip(carried, results, strict=True))
