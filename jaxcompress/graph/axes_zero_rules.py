@@ -230,7 +230,7 @@ def dot(given: Given) -> Value:
         return _summed(times(a or every[0], b or every[1], given.place))
 
     known = given.along(given.step.outs[0], at)
-    return given.marks.value(known.at, _summed(times(*every, given.place)))
+    return given.marks.value(known.at, _summed(times(every[0], every[1], given.place)))
 
 
 def conv(given: Given) -> Value:
@@ -241,12 +241,12 @@ def conv(given: Given) -> Value:
 
     def at(axis: int, atom: Atom) -> Known:
         if axis != spec.out_spec[1]:
-            return _summed(times(*every, given.place))
+            return _summed(times(every[0], every[1], given.place))
         a = left.at.get(atom) if atom in groups else None
         return _summed(times(a or every[0], right.at.get(atom) or every[1], given.place))
 
     found = given.along(given.step.outs[0], at)
-    return given.marks.value(found.at, _summed(times(*every, given.place)))
+    return given.marks.value(found.at, _summed(times(every[0], every[1], given.place)))
 
 
 def _summed(product: Known) -> Known:

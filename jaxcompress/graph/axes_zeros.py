@@ -146,8 +146,8 @@ class Zeroes:
         # The channels of a group are summed over, the groups themselves are not.
         inputs = given.step.ins[1][spec.rhs_spec[1]]
         for atom in self.marks.every & within([inputs]):
-            values = [self.marks.of(value, [inputs], atom) for value in given.values]
-            c = times(*values, given.place)
+            a, b = (self.marks.of(value, [inputs], atom) for value in given.values)
+            c = times(a, b, given.place)
             if c is None or not c.zero:
                 self._blame(atom, compat.CONV, c)
         return [conv(given)]
