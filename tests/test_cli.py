@@ -252,6 +252,64 @@ def test_another_run_starts_over(tmp_path, source, every_commit, change):
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+def test_a_source_that_changed_with_its_size_and_time_is_seen(tmp_path, source, every_commit):
+    with pytest.raises(Stopped):
+        quantize_file(source, tmp_path / "out", **INT4, progress=stop_after(5))
+    kept = os.stat(source)
+    safetensors.numpy.save_file(tensors(jnp.bfloat16, seed=1), source, metadata={"format": "pt"})
+    os.utime(source, ns=(kept.st_atime_ns, kept.st_mtime_ns))  # as `cp -p` does
+    assert os.stat(source).st_size == kept.st_size
+    quantize_file(source, tmp_path / "whole", **INT4)
+    reports = []
+    report = quantize_file(source, tmp_path / "out", **INT4, progress=reports.append)
+    assert "4 of them have changed and are written again" in reports[0].note
+    assert report.resumed == 1  # `mask` is what it was
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_bit_that_flipped_in_the_part_file_is_seen(tmp_path, source, every_commit):
+    quantize_file(source, tmp_path / "whole", **INT4)
+    with pytest.raises(Stopped):
+        quantize_file(source, tmp_path / "out", **INT4, progress=stop_after(5))
+    part = bytearray((tmp_path / ".out.part").read_bytes())
+    last = max(place for place, byte in enumerate(part) if byte)
+    part[last] ^= 1
+    (tmp_path / ".out.part").write_bytes(part)
+    quantize_file(source, tmp_path / "out", **INT4)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+LIMITED = """
+import os, resource, sys
+import numpy as np
+import jaxcompress as jc
+from jaxcompress.export.stream import quantize_file
+source, target, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+calls = {
+    "save": lambda: jc.export.save(target, {"w": np.zeros(100_000, np.float32)}),
+    "quantize": lambda: quantize_file(source, target, format="int8"),
+    "cache": lambda: jc.distill.cached_outputs(
+        os.path.dirname(target), lambda p, x: x @ p, np.ones((3, 900), "f4"), np.ones((30, 3), "f4")
+    ),
+}
+for name, call in calls.items():
+    try:
+        call()
+        print(name, "no error")
+    except OSError as error:
+        print(name, error.errno, sorted(os.listdir(os.path.dirname(target))))
+"""
+
+
+def test_a_limit_of_file_sizes_leaves_no_part_behind(tmp_path, source):
+    pytest.importorskip("resource")
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", LIMITED, str(source), str(tmp_path / "out" / "file"), "4096"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{name} 27 []" for name in ("save", "quantize", "cache")]
+
+
 def test_own_calibrators_and_formats_serve_but_are_not_resumed(tmp_path, source, every_commit):
     how = {
         "format": jc.formats.codebook("three", (-1.0, 0.0, 1.0)),

@@ -323,5 +323,8 @@ def test_bad_arguments_and_data_are_refused_by_name():
     with pytest.raises(ValueError, match="sites='c.*' matches no contraction"):
         quantize.lsq_activations(mlp, 4, sites="c.*").init(params, x)
     comp = quantize.lsq(4)
+    other = quantize.weights(integer(4)).init(params)
+    with pytest.raises(ValueError, match=r"made for int4 \(axis.*this compressor stores int4_full"):
+        comp.apply(params, other)
     with pytest.raises(ValueError, match="the state holds no learned steps"):
-        comp.apply(params, quantize.weights(integer(4)).init(params))
+        comp.apply(params, other._replace(maker=()))

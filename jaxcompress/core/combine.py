@@ -38,7 +38,7 @@ def chain(*compressors: Compressor) -> Compressor:
     A mask and a quantizer pack into one leaf, in either order: the codes of the kept elements.
 
     >>> chain(identity(), identity()).init({"w": 1.0})
-    CompressState(learned=(), buffers=())
+    CompressState(learned=(), buffers=(), maker=())
     """
 
     for index, compressor in enumerate(compressors):
@@ -48,12 +48,14 @@ def chain(*compressors: Compressor) -> Compressor:
         count = len(compressors)
         learned = [()] * count if is_absent(state.learned) else state.learned
         buffers = [()] * count if is_absent(state.buffers) else state.buffers
-        return [CompressState(*parts) for parts in zip(learned, buffers, strict=True)]
+        makers = [()] * count if is_absent(state.maker) else state.maker
+        return [CompressState(*parts) for parts in zip(learned, buffers, makers, strict=True)]
 
     def join(parts):
         return CompressState(
             absent_if_empty(tuple(p.learned for p in parts)),
             absent_if_empty(tuple(p.buffers for p in parts)),
+            absent_if_empty(tuple(p.maker for p in parts)),
         )
 
     def init(params):
@@ -176,14 +178,13 @@ def partition(
             yield label, indices, part, pick(label, list(part))
 
     def sub(state, label):
-        return CompressState(
-            *(() if is_absent(part) else part[label] for part in (state.learned, state.buffers))
-        )
+        return CompressState(*(() if is_absent(part) else part[label] for part in state))
 
     def join(parts):
         return CompressState(
             absent_if_empty({label: s.learned for label, s in parts.items()}),
             absent_if_empty({label: s.buffers for label, s in parts.items()}),
+            absent_if_empty({label: s.maker for label, s in parts.items()}),
         )
 
     def rebuild(params, run):

@@ -1,7 +1,9 @@
 """The quartet: init, apply, update, pack; and the lift from one array to a tree."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +18,23 @@ Params = Any
 Packed = Any
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Maker:
+    """What made a state, where its arrays do not say it: the format of its scales.
+
+    A part of the tree's structure, no leaf: it costs nothing and is never traced.
+    """
+
+    name: str
+
+
 class CompressState(NamedTuple):
     """State of a Compressor; what is absent is `()`."""
 
     learned: Any = ()  # float leaves that Optax trains beside the params
     buffers: Any = ()  # masks, scales, counters, statistics; only `update` changes them
+    maker: Any = ()  # a `Maker`, or a container of them, as `learned` is; another one is refused
 
 
 class Compressor(NamedTuple):
@@ -42,6 +56,35 @@ class Compressor(NamedTuple):
     apply: Callable[[Params, CompressState], Params]
     update: Callable[..., CompressState]
     pack: Callable[[Params, CompressState], Packed]
+
+    def __copy__(self) -> "Compressor":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "Compressor":
+        return self  # as functions are
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        closures = [name for name, f in self._asdict().items() if "<" in _qualified(f)]
+        if closures and not _stores_closures(sys._getframe(1)):
+            raise TypeError(
+                f"a Compressor cannot be pickled: {', '.join(closures)} are functions inside "
+                "functions, which pickle does not store. Give the worker a function of a module "
+                "that builds it from its settings; params, states and packed trees can be pickled"
+            )
+        return object.__reduce_ex__(self, protocol)
+
+
+def _qualified(function: Any) -> str:
+    return getattr(function, "__qualname__", "<>")
+
+
+def _stores_closures(frame: Any) -> bool:
+    # cloudpickle and dill call the same method as pickle, but store functions by their code.
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] in ("cloudpickle", "dill"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def quartet(
@@ -85,8 +128,8 @@ def is_absent(state: Any) -> bool:
 
 
 def absent_if_empty(parts: Any) -> Any:
-    """`()` for a container that holds no array at all, else the container."""
-    return parts if jax.tree.leaves(parts) else ()
+    """`()` for a container that holds no array and no `Maker` at all, else the container."""
+    return parts if jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, Maker)) else ()
 
 
 @contextmanager
@@ -125,6 +168,7 @@ def per_leaf(
     *,
     update: Callable[..., CompressState] | None = None,
     pack: Callable[[Any, CompressState], Any] | None = None,
+    maker: str | None = None,
 ) -> Compressor:
     """Lifts functions of one array to every floating point leaf of a tree; others pass unchanged.
 
@@ -133,6 +177,8 @@ def per_leaf(
       apply: (w, state) -> view of w.
       update: (w, state, *, grads=None, **extra) -> state; default: the state stays.
       pack: (w, state) -> packed leaf; default: the view as an array.
+      maker: what a state is made for, where its arrays do not say it (a format): states carry it,
+        and one that was made for something else is refused.
 
     The tree's `learned` and `buffers` have the params' structure with each leaf replaced by its
     own state. Errors of the four functions are raised again with the leaf's path in front.
@@ -147,8 +193,12 @@ def per_leaf(
         del state, grad
         return init(w)
 
+    own = () if maker is None else Maker(maker)
+
     def run(function, params, state=None, grads=None):
         treedef = jax.tree.structure(params)
+        if state is not None:
+            _refuse_other(own, state.maker)
         states = split_state(treedef, state) if state is not None else [None] * treedef.num_leaves
         gradients = [None] * treedef.num_leaves if grads is None else treedef.flatten_up_to(grads)
         results = []
@@ -162,7 +212,7 @@ def per_leaf(
             with at_path(path):
                 _refuse(w)
         treedef, states = run(leaf_init, params)
-        return join_state(treedef, states)
+        return join_state(treedef, states)._replace(maker=own)
 
     def tree_apply(params, state):
         treedef, views = run(lambda w, s, g: apply(w, s), params, state)
@@ -171,15 +221,26 @@ def per_leaf(
     def tree_update(params, state, *, grads=None, **extra):
         renew = update
         if renew is None:
+            _refuse_other(own, state.maker)
             return state
         treedef, states = run(lambda w, s, g: renew(w, s, grads=g, **extra), params, state, grads)
-        return join_state(treedef, states)
+        return join_state(treedef, states)._replace(maker=state.maker)
 
     def tree_pack(params, state):
         treedef, packed = run(lambda w, s, g: (pack or apply)(w, s), params, state)
         return _replace(treedef, params, packed)
 
     return quartet(tree_init, tree_apply, tree_update, tree_pack)
+
+
+def _refuse_other(own: Any, found: Any) -> None:
+    # A state that was put together by hand has no maker, and is taken as it is.
+    if isinstance(own, Maker) and not is_absent(found) and found != own:
+        there = found.name if isinstance(found, Maker) else found
+        raise ValueError(
+            f"the state was made for {there}, this compressor stores {own.name}: "
+            "take the compressor that made it, or a new state of `init`"
+        )
 
 
 def _refuse(w: Any) -> None:

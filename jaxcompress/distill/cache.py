@@ -1,7 +1,12 @@
 """A teacher's outputs on disk: computed once, found again by what they were computed from."""
 
+import contextlib
+import io
 import json
 import os
+import secrets
+import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +19,11 @@ import numpy as np
 from jaxcompress.core.files import replacing
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.distill.storage import Dense, Storage
-from jaxcompress.graph.fingerprint import of_arrays, of_function, of_parts
+from jaxcompress.graph.fingerprint import Unidentified, of_arrays, of_function, of_parts
 
 Augment = Callable[[jax.Array, Any], Any]
+_CHECKSUM_BYTES = 4  # crc32, at the end of a file
+_CHUNK_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class CachedOutputs:
     """A teacher's outputs in memory-mapped files; call it with example numbers.
 
     Attributes:
-      files: one for each epoch of augmentation.
+      files: one for each epoch of augmentation; none of a teacher that cannot be identified.
       parts: the fingerprints of what they depend on.
       computed: the epochs that were not there and had to be computed.
     """
@@ -94,9 +101,12 @@ def cached_outputs(
 ) -> CachedOutputs:
     """The teacher's outputs for all examples, read from `directory` or computed and kept there.
 
-    A file is named by a fingerprint of the teacher (bytes of its params, jaxpr of its function),
-    the data, the view, the augmentation (jaxpr, seed, epoch) and the storage: if anything differs,
-    it is another file. Files are written under a temporary name: a killed run leaves no half one.
+    A file is named by a fingerprint of the teacher (bytes of its params, jaxpr of its function,
+    names and numbers of what that calls on the host), the data, the view, the augmentation (jaxpr,
+    seed, epoch) and the storage: if anything differs, it is another file. Files are written under a
+    temporary name: a killed run leaves no half one. Each ends with a checksum, which is tested
+    whenever it is opened. A teacher or augmentation that cannot be identified (it reads an open
+    file on the host) is computed in every run, with a warning; its files have no name then.
 
     Args:
       directory: made if it is missing; caches may share it.
@@ -136,32 +146,43 @@ def cached_outputs(
     example = jax.tree.map(lambda a: a[:batch_size], inputs)
     shape = _output_shape(run, params, numbers, example, batch_size)
     row = storage.row(shape)
-    changed = (
-        of_function(
-            lambda e, i, b: augment_examples(augment, key, e, i, b), np.int32(0), numbers, example
-        )
-        if augment
-        else ""
-    )
     parts = {
+        "version": "2",  # since each file ends with a checksum
         "teacher_params": of_arrays(teacher_params),
-        "teacher_function": of_function(teacher, params, example),
         "data": of_arrays(inputs),
         "view": "" if view is None else of_arrays(params),
-        "augmentation": f"{changed} seed {seed}" if augment else "",
         "storage": f"{storage}",
     }
-    name = of_parts(parts)[:32]
+    try:
+        parts["teacher_function"] = of_function(teacher, params, example)
+        parts["augmentation"] = ""
+        if augment is not None:
+            seen = lambda e, i, b: augment_examples(augment, key, e, i, b)
+            code = of_function(seen, np.int32(0), numbers, example)
+            parts["augmentation"] = f"{code} seed {seed}"
+        name, known = of_parts(parts)[:32], True
+    except Unidentified as error:
+        warnings.warn(
+            f"the teacher or its augmentation cannot be identified: {error}; its outputs are "
+            "computed again in every run",
+            stacklevel=2,
+        )
+        name, known = f".{secrets.token_hex(16)}", False
     files = tuple(Path(directory) / f"{name}-{epoch}.npy" for epoch in range(epochs))
     missing = tuple(epoch for epoch, file in enumerate(files) if not file.exists())
     jitted = jax.jit(run)
     for epoch in missing:
         compute = lambda rows, e=epoch: _batch(jitted, params, e, rows, inputs, batch_size)
         _write(files[epoch], compute, storage, row, count, batch_size)
-    if missing:
+    if missing and known:
         with replacing(Path(directory) / f"{name}.json") as file:
             file.write(json.dumps(parts, indent=1).encode())
     rows = tuple(_read(file, row, count) for file in files)
+    if not known:  # what is mapped stays until it is let go, without a name where that is possible
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.unlink()
+        files = ()
     return CachedOutputs(files, parts, missing, shape, storage, rows)
 
 
@@ -209,30 +230,46 @@ def _write(
     count: int,
     batch_size: int,
 ) -> None:
+    head = io.BytesIO()
+    np.lib.format.write_array_header_2_0(
+        head,
+        {
+            "descr": np.lib.format.dtype_to_descr(row.base),
+            "fortran_order": False,
+            "shape": (count, *row.shape),
+        },
+    )
     with replacing(path) as file:
-        np.lib.format.write_array_header_2_0(
-            file,
-            {
-                "descr": np.lib.format.dtype_to_descr(row.base),
-                "fortran_order": False,
-                "shape": (count, *row.shape),
-            },
-        )
+        file.write(head.getvalue())
+        checksum = zlib.crc32(head.getvalue())
         for start in range(0, count, batch_size):
             numbers = np.arange(start, min(start + batch_size, count), dtype=np.int32)
             outputs = compute(numbers)
             nan = np.isnan(outputs).reshape(len(outputs), -1).any(axis=1)
             if nan.any():
                 raise ValueError(f"the teacher's output of example {numbers[nan][0]} is NaN")
-            file.write(np.ascontiguousarray(storage.encode(outputs)).tobytes())
+            data = np.ascontiguousarray(storage.encode(outputs)).tobytes()
+            file.write(data)
+            checksum = zlib.crc32(data, checksum)
+        file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
 
 
 def _read(path: Path, row: np.dtype, count: int) -> np.ndarray:
     wrong = f"{path} is not what the cache wrote; delete it to compute it again"
     try:
+        _check_sum(path)
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{wrong}: {error}") from error
     if rows.shape != (count, *row.shape) or rows.dtype != row.base:
         raise ValueError(f"{wrong}: {rows.dtype}{list(rows.shape)}")
     return rows
+
+
+def _check_sum(path: Path) -> None:
+    left, checksum = path.stat().st_size - _CHECKSUM_BYTES, 0
+    with path.open("rb") as file:
+        while left > 0 and (data := file.read(min(left, _CHUNK_BYTES))):
+            checksum, left = zlib.crc32(data, checksum), left - len(data)
+        if file.read() != checksum.to_bytes(_CHECKSUM_BYTES, "little"):
+            raise ValueError("its checksum is wrong")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,9 +82,10 @@ def quantize_file(
     enough axes and a name that the rules choose. All others, float8 included, are copied as they
     are. Beside the target, `.NAME.part` and `.NAME.journal` hold what is done; the next call with
     the same source (names, sizes, times of change) and settings goes on there, any other starts
-    over. Memory: one slice of a tensor, of 2**24 elements. Slices need scales that rows do not
-    share, or ranges by min-max: clipped or learned scales that reach across rows (one per tensor,
-    or per column) take the tensor in one piece.
+    over; tensors that are done are read again, and those whose bytes have changed (in the source or
+    in the part file) are written again. Memory: one slice of a tensor, of 2**24 elements. Slices
+    need scales that rows do not share, or ranges by min-max: clipped or learned scales that reach
+    across rows (one per tensor, or per column) take the tensor in one piece.
 
     Args:
       source: `*.safetensors`, a folder of shards, or `*.safetensors.index.json`.
@@ -108,7 +110,8 @@ def quantize_file(
       ValueError: a damaged source; an unknown format; a rule that matches nothing; no tensor to
         quantize; an axis out of range; NaN or Inf. With the name of the tensor or file. Nothing
         appears under the target's name then, and nothing stays beside it.
-      OSError: the disk is full: what is done stays.
+      OSError: the disk is full, or a limit of file sizes: tensors that are done stay for the next
+        call, a run without any leaves nothing.
     """
     target = Path(target)
     grid = parse(format) if isinstance(format, str) else format
@@ -125,6 +128,7 @@ def quantize_file(
     fingerprint = _fingerprint(found, header, settings_text)
     how = {"file_bytes": size, "fingerprint": fingerprint, "resume": resume}
     with part_file(target, header, **how) as part:
+        _forget_changed(part, jobs, entries)
         earlier = len(part.done)
         _run(part, jobs, settings, entries, progress or (lambda _: None))
         if _fingerprint(found, header, settings_text) != fingerprint:
@@ -190,9 +194,36 @@ def _fingerprint(source: Source, header: dict[str, Any], settings: str) -> str:
     # What decides the bytes of the result: of the source names, places, sizes and times.
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
     places = [(name, t.file.name, t.start) for name, t in source.tensors.items()]
-    program = (jax.__version__, jax.default_backend(), jaxcompress.__version__)
+    journal = 2  # its lines hold checksums
+    program = (journal, jax.__version__, jax.default_backend(), jaxcompress.__version__)
     text = json.dumps([files, places, header, settings, program])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksums(part: Part, job: _Job, name: str, entries) -> list[int]:
+    """crc32 of a tensor in the source, and of its arrays in the part file."""
+    source = 0
+    for _, piece in chunks(job.tensor):
+        source = zlib.crc32(piece.data, source)
+    places = [entries[key] for key in _array_names(name, job)]
+    return [source, *(part.checksum(place.first, place.last - place.first) for place in places)]
+
+
+def _array_names(name: str, job: _Job) -> list[str]:
+    return sorted(disassemble(name, job.packed)[0]) if job.packed is not None else [name]
+
+
+def _forget_changed(part: Part, jobs: dict[str, _Job], entries) -> None:
+    """Takes back what an earlier run did where its source or its result is not what it was."""
+    changed = [
+        name
+        for name, sums in part.done.items()
+        if name not in jobs or sums != _checksums(part, jobs[name], name, entries)
+    ]
+    for name in changed:
+        del part.done[name]
+    if changed:
+        part.note += f"; {len(changed)} of them have changed and are written again"
 
 
 def _run(part: Part, jobs, settings: Settings, entries, tell: Callable[[Progress], None]) -> None:
@@ -211,7 +242,7 @@ def _run(part: Part, jobs, settings: Settings, entries, tell: Callable[[Progress
                     cursor[key] = cursor.get(key, 0) + len(data)
                 here = at.done_bytes + int(share * tensor.nbytes)
                 tell(at._replace(done_bytes=here, name=name, note=""))
-        part.finish(name)
+        part.finish(name, _checksums(part, jobs[name], name, entries))
         done_bytes = at.done_bytes + tensor.nbytes
         at = at._replace(done_bytes=done_bytes, done_tensors=at.done_tensors + 1, note="")
         tell(at._replace(name=name))

@@ -1,9 +1,10 @@
 """A large file that comes into being under another name, and goes on after a kill.
 
 Beside the target `OUT` lie `.OUT.part`, which has the final size from the start, and
-`.OUT.journal`: one line with the fingerprint of the run, then one line of names for each batch of
-leaves that are safe on disk. What the journal does not name is written again; the target's name is
-taken last.
+`.OUT.journal`: one line with the fingerprint of the run, then one line for each batch of leaves
+that are safe on disk: their names, with checksums of what was read and of what was written. What
+the journal does not name, or what has changed since, is written again; the target's name is taken
+last.
 """
 
 import contextlib
@@ -31,11 +32,11 @@ class Part:
     """The file in the making; build it with `part_file`."""
 
     def __init__(self, file: BinaryIO, journal: Path, header: dict[str, Any]):
-        self.done: set[str] = set()
+        self.done: dict[str, Any] = {}  # {leaf: checksums, of what was read and of each array}
         self.note = ""
         self._file, self._journal, self._header = file, journal, header
         self._start = len(container.seal(header, 0))
-        self._pending: list[str] = []
+        self._pending: dict[str, Any] = {}
         self._committed_s = time.monotonic()
 
     def write(self, position: int, data: Any) -> None:
@@ -43,9 +44,23 @@ class Part:
         self._file.seek(self._start + position)
         self._file.write(data)
 
-    def finish(self, name: str) -> None:
-        """Says that all of a leaf is written; now and then makes that last."""
-        self._pending.append(name)
+    def checksum(self, position: int, count: int) -> int:
+        """crc32 of bytes of the data, as they lie in the file."""
+        self._file.flush()
+        self._file.seek(self._start + position)
+        found = 0
+        for first in range(0, count, _CHUNK_BYTES):
+            found = zlib.crc32(self._file.read(min(_CHUNK_BYTES, count - first)), found)
+        return found
+
+    def finish(self, name: str, checksums: Any) -> None:
+        """Says that all of a leaf is written; now and then makes that last.
+
+        Args:
+          name: of the leaf.
+          checksums: JSON that tells whether the leaf is still as it was.
+        """
+        self._pending[name] = checksums
         if time.monotonic() - self._committed_s >= COMMIT_S:
             self.commit()
 
@@ -53,8 +68,8 @@ class Part:
         """Makes what is written last, then says so in the journal."""
         self._sync()
         _append(self._journal, self._pending)
-        self.done |= set(self._pending)
-        self._pending, self._committed_s = [], time.monotonic()
+        self.done |= self._pending
+        self._pending, self._committed_s = {}, time.monotonic()
 
     def seal(self) -> None:
         """Writes the header, with the checksum of all that lies in the file."""
@@ -78,7 +93,7 @@ def part_file(
     """The part file of `target`, which takes that name if the block ends well.
 
     After a ValueError or TypeError nothing stays, since the same run would fail again; after
-    anything else (a kill, a full disk) what is done stays for the next run.
+    anything else (a kill, a full disk) what is done stays for the next run, if any leaf is.
 
     Args:
       target: in a folder that exists or can be made.
@@ -103,9 +118,10 @@ def part_file(
             part.commit()
             part.seal()
             os.replace(path, target)
-        except (ValueError, TypeError):
-            path.unlink(missing_ok=True)
-            journal.unlink(missing_ok=True)
+        except BaseException as error:
+            if isinstance(error, ValueError | TypeError) or not part.done:
+                path.unlink(missing_ok=True)
+                journal.unlink(missing_ok=True)
             raise
         journal.unlink(missing_ok=True)
 
@@ -128,8 +144,6 @@ def _begin(file: BinaryIO, path: Path, journal: Path, file_bytes: int, fingerpri
     file.truncate(0)
     free = shutil.disk_usage(path.parent).free
     if file_bytes > free:
-        path.unlink()
-        journal.unlink(missing_ok=True)
         raise OSError(f"{path.parent}: needs {file_bytes:,} bytes, {free:,} are free")
     file.truncate(file_bytes)
     journal.unlink(missing_ok=True)
@@ -146,16 +160,16 @@ def _append(journal: Path, value: Any) -> None:
 
 def _done(
     path: Path, journal: Path, file_bytes: int, fingerprint: str, resume: bool
-) -> tuple[set[str], str]:
+) -> tuple[dict[str, Any], str]:
     """What an earlier run finished, and a remark for the user."""
     if not journal.exists():
-        return set(), ""
+        return {}, ""
     if not resume:
-        return set(), "starts over, as asked"
+        return {}, "starts over, as asked"
     found = list(_lines(journal.read_text(errors="replace")))
     if found[:1] != [fingerprint] or path.stat().st_size != file_bytes:
-        return set(), "starts over: source, settings, program or part file have changed"
-    done = {name for names in found[1:] for name in names}
+        return {}, "starts over: source, settings, program or part file have changed"
+    done = {name: sums for batch in found[1:] for name, sums in batch.items()}
     return done, f"goes on after {len(done)} tensors" if done else ""
 
 

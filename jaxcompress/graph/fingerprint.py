@@ -2,16 +2,26 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.extend.core as jec
 import numpy as np
 
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.graph.compat import bodies, body, is_literal
+from jaxcompress.core.pytrees import host
+from jaxcompress.graph.compat import CUSTOM, bodies, body, is_literal
+from jaxcompress.graph.identity import describe
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+# Parameters of these are rules of derivatives or have no say in results: bodies say it all.
+_NO_CODE = CUSTOM | {"debug_callback", "debug_print"}
+_PLAIN = (bool, int, float, str, type(None), np.dtype, jec.Jaxpr, jec.ClosedJaxpr)
+
+
+class Unidentified(ValueError):
+    """A function runs code that has no contents to compare; its results must not be reused."""
 
 
 def of_arrays(tree: Any) -> str:
@@ -34,6 +44,11 @@ def of_function(fn: Callable[..., Any], *args: Any) -> str:
     Args:
       fn: a function of arrays. Names and comments of its code do not count, what it computes does.
       args: arrays or their shapes.
+
+    Code that runs on the host (`pure_callback`) counts with its names, numbers and arrays.
+
+    Raises:
+      Unidentified: a part of it has none to look at: an open file, a generator.
     """
     digest = hashlib.sha256()
     closed = jax.make_jaxpr(fn)(*args)
@@ -49,7 +64,23 @@ def of_function(fn: Callable[..., Any], *args: Any) -> str:
                 if is_literal(operand):
                     _add(digest, "literal", operand.val)
             pending.extend(bodies(eqn.params))
+            for place, value in _code(eqn):
+                found = describe(value)
+                if found.unidentified:
+                    raise Unidentified(f"{place} runs {found.unidentified[0]}")
+                digest.update(repr(sorted(found.rows.items())).encode())
     return digest.hexdigest()
+
+
+def _code(eqn: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters of an equation that its text does not tell from others."""
+    if eqn.primitive.name in _NO_CODE:
+        return
+    for name, value in eqn.params.items():
+        if isinstance(value, _PLAIN):
+            continue
+        if callable(value) or _ADDRESS.search(str(value)):
+            yield f"{eqn.primitive.name}({name})", value
 
 
 def of_parts(parts: dict[str, str]) -> str:
@@ -58,8 +89,6 @@ def of_parts(parts: dict[str, str]) -> str:
 
 
 def _add(digest: Any, name: str, leaf: Any) -> None:
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    array = np.ascontiguousarray(leaf)
+    array = np.ascontiguousarray(host(leaf))
     digest.update(f"{name}:{array.dtype}{array.shape};".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)

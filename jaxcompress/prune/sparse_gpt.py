@@ -9,7 +9,13 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.core.combine import by_path
-from jaxcompress.core.compressor import Compressor, CompressState, identity, is_float_array
+from jaxcompress.core.compressor import (
+    Compressor,
+    CompressState,
+    absent_if_empty,
+    identity,
+    is_float_array,
+)
 from jaxcompress.core.paths import leaves_with_paths, match_rules
 from jaxcompress.core.select import keep_count
 from jaxcompress.core.sweep import Choice, Exact, solve, with_damping
@@ -133,7 +139,8 @@ def sparse_gpt(
         return pruned, state
     scales = recipe.init(params)
     rounded = apply_masks(recipe.apply(pruned, scales), found)
-    return rounded, CompressState(buffers=(scales.buffers, state.buffers))
+    makers = absent_if_empty((scales.maker, state.maker))
+    return rounded, CompressState((), (scales.buffers, state.buffers), makers)
 
 
 def _recipe(quantize: Mapping[str, Stored] | None) -> Compressor:

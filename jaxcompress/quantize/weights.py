@@ -70,6 +70,17 @@ def _qparams(x, *, format, granularity, calibrate):
     return format.qparams(low, high, dtype=x.dtype)
 
 
+def made_for(format: Format, where: Granularity) -> str | None:
+    """The `maker` of states of scales: int4 and int8 have scales of the same shapes.
+
+    None where the number of bits is traced.
+    """
+    if not is_static(format):
+        return None
+    shared = f"block {where.block}" if where.block else f"axis {where.axis}, group {where.group}"
+    return f"{getattr(format, 'name', type(format).__name__)} ({shared})"
+
+
 # Compiled also where the caller is not: one program instead of one per operation.
 _compiled_qparams = jax.jit(_qparams, static_argnames=("format", "granularity", "calibrate"))
 
@@ -203,7 +214,8 @@ def weights(
         found, how = parts(state)
         return quantize(w, found, **how)
 
-    comp = per_leaf(init, apply, update=update, pack=pack)
+    maker = made_for(format, where)
+    comp = per_leaf(init, apply, update=update, pack=pack, maker=maker)
     if not draws:
         return comp
     with_keys = lambda params: _with_keys(comp.init(params), params, seed)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -197,17 +198,41 @@ def _kept(cache: Any, identity: Callable[[], str]) -> dict[str, Any]:
     """What was measured before; what is added is in the file at once."""
     if cache is None:
         return {}
-    path, mark = Path(cache), identity()
+    try:
+        path, mark = Path(cache), identity()
+    except fingerprint.Unidentified as error:
+        warnings.warn(
+            f"cache {cache} is not used: the function or a metric cannot be identified: {error}",
+            stacklevel=4,
+        )
+        return {}
     done = _Kept(path, mark)
     if path.exists():
-        found = json.loads(path.read_text())
-        if found.get("fingerprint") != mark:
+        found = _read(path)
+        if found["fingerprint"] != mark:
             raise ValueError(
                 f"cache {path}: it is of another function, other parameters, data or options; "
                 "give another name or delete it"
             )
         done.update(found["values"])
     return done
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if found["checksum"] == _checksum(found["fingerprint"], found["values"]):
+            return found
+        why = "its checksum is wrong"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"cache {path}: damaged, or no cache of a search: {why}; delete it to measure again"
+    )
+
+
+def _checksum(mark: str, values: Mapping[str, Any]) -> str:
+    return fingerprint.of_parts({mark: json.dumps(values, sort_keys=True)})
 
 
 class _Kept(dict):
@@ -220,4 +245,7 @@ class _Kept(dict):
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         with replacing(self.path) as file:
-            file.write(json.dumps({"fingerprint": self.mark, "values": dict(self)}).encode())
+            values = dict(self)
+            checksum = _checksum(self.mark, values)
+            whole = {"fingerprint": self.mark, "checksum": checksum, "values": values}
+            file.write(json.dumps(whole).encode())

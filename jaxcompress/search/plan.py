@@ -1,6 +1,7 @@
 """A plan: an option for every site, as a JSON file that can be read, edited and replayed."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -63,7 +64,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """
     try:
         found = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"plan {path}: no JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("weights"), dict):
         raise ValueError(f'plan {path}: there must be an object "weights" of sites and options')
@@ -76,4 +77,26 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     }
     if wrong:
         raise ValueError(f"plan {path}: options must be names, got {wrong}")
+    _check_rest(path, found)
     return Plan(**found)
+
+
+def _check_rest(path: str | os.PathLike[str], found: dict[str, Any]) -> None:
+    """Names are names and numbers are finite: JSON that Python reads may hold NaN."""
+    form = found.get("activations")
+    if form is not None and not isinstance(form, str):
+        raise ValueError(f"plan {path}: activations must be a format's name or null, got {form!r}")
+    if not isinstance(found.get("device", ""), str):
+        raise ValueError(f"plan {path}: device must be a name, got {found['device']!r}")
+    numbers: dict[str, Any] = {"loss": found.get("loss", 0.0)}
+    for name in ("predicted", "measured"):
+        table = found.get(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"plan {path}: {name} must be an object of numbers, got {table!r}")
+        numbers |= {f"{name}[{key!r}]": value for key, value in table.items()}
+    for name, value in numbers.items():
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not real or not math.isfinite(value):
+            raise ValueError(f"plan {path}: {name} must be a finite number, got {value!r}")
+        if name.startswith("predicted") and value < 0:
+            raise ValueError(f"plan {path}: {name} must be at least 0, got {value}")

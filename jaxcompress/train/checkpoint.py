@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.compressor import Maker
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.train.made_by import batch_text, check_made_by
 
 _SHOWN = 3  # leaves named in an error
 
@@ -71,11 +73,22 @@ class Saver:
         """The latest step with a checkpoint, one that is being written included."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts to write the state of a step; returns as soon as the state may be donated."""
+    def save(
+        self, step: int, state: Any, *, made_by: Mapping[str, str] | None = None, batch: str = ""
+    ) -> None:
+        """Starts to write the state of a step; returns as soon as the state may be donated.
+
+        Args:
+          step: of the state.
+          state: a pytree of arrays.
+          made_by: what makes the run, see made_by.py.
+          batch: the hash of the batch that the last step took.
+        """
         found = leaves_with_paths(state)
         arrays = {f"{i}": _data(leaf) for i, (_, leaf) in enumerate(found) if leaf.size}
-        about = {"leaves": _specs(found), "about": dict(self.settings.about)}
+        about: dict[str, Any] = {"leaves": _specs(state), "about": dict(self.settings.about)}
+        if made_by is not None:
+            about |= {"made_by": dict(made_by), "batch": batch}
         with jax.transfer_guard("allow"):
             # What Orbax still reads is not overwritten by donation: JAX gives the step new memory.
             self._manager.save(
@@ -86,11 +99,24 @@ class Saver:
                 force=True,
             )
 
-    def restore(self, like: Any, step: int) -> Any:
+    def restore(
+        self,
+        like: Any,
+        step: int,
+        *,
+        made_by: Mapping[str, str] | None = None,
+        batch_at: Callable[[int], Any] | None = None,
+    ) -> Any:
         """The state of a step, with the tree, dtypes and shardings of `like`.
 
+        Args:
+          like: a state of the same kind.
+          step: of a checkpoint that is there.
+          made_by: what makes this run; None: any run will do.
+          batch_at: of this run.
+
         Raises:
-          ValueError: the checkpoint is of another tree or another `about`.
+          ValueError: the checkpoint is of another tree, another `about` or another run.
         """
         args = self._args
         saved = self._manager.restore(step, args=args.Composite(about=args.JsonRestore()))
@@ -98,7 +124,14 @@ class Saver:
         about = saved["about"]
         _check_about(where, about["about"], dict(self.settings.about))
         found = leaves_with_paths(like)
-        _check_leaves(where, about["leaves"], _specs(found))
+        _check_leaves(where, about["leaves"], _specs(like))
+        if made_by is not None:
+            check_made_by(where, about.get("made_by"), made_by)
+            if batch_at is not None and about["batch"] != batch_text(batch_at(step - 1)):
+                raise ValueError(
+                    f"{where} is of another run: the batch of step {step - 1} was another one; "
+                    "use another directory"
+                )
         wanted = {f"{i}": _abstract(leaf) for i, (_, leaf) in enumerate(found) if leaf.size}
         with jax.transfer_guard("allow"):
             arrays = self._manager.restore(
@@ -153,8 +186,13 @@ def _data(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _specs(found: list[tuple[str, Any]]) -> list[list[str]]:
-    return [[path, f"{leaf.dtype}{list(leaf.shape)}"] for path, leaf in found]
+def _specs(state: Any) -> list[list[str]]:
+    # What made a state is no leaf, but two states of other formats must not be mixed up.
+    found = leaves_with_paths(state, is_leaf=lambda x: isinstance(x, Maker))
+    return [
+        [path, leaf.name if isinstance(leaf, Maker) else f"{leaf.dtype}{list(leaf.shape)}"]
+        for path, leaf in found
+    ]
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -198,7 +236,7 @@ def _check_leaves(where: str, saved: list[list[str]], now: list[list[str]]) -> N
         for what, paths in (
             ("it lacks", lacks),
             ("it has", extra),
-            ("shapes or dtypes differ:", other),
+            ("these differ:", other),
         )
         if paths
     ]

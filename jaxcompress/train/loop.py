@@ -10,6 +10,7 @@ import jax
 
 from jaxcompress.train.checkpoint import Checkpoints, Saver, non_finite, opened
 from jaxcompress.train.log import Metrics, Recorder
+from jaxcompress.train.made_by import batch_text, made_by
 from jaxcompress.train.state import TrainState
 
 _AHEAD = 2  # steps in flight: enough to keep the device busy, few batches in its memory
@@ -47,7 +48,9 @@ def fit(
       log: JSON lines {"step": n, "loss": ...}; rows of an earlier run behind the start are cut.
       log_every: steps between rows.
       fetch_every: steps between transfers of metrics to the host; NaN is found there.
-      checkpoints: where and how often to save; a directory that has some is resumed.
+      checkpoints: where and how often to save; a directory that has some of the same run is
+        resumed. A checkpoint knows what made it: names and numbers of recipe, optimizer, schedules
+        and losses, `batches`' arguments and the bytes of its data, teacher and first params.
       evaluate: state -> scalars, rows of the log with the prefix "eval_".
       evaluate_every: steps between evaluations; None: after the last step alone.
       progress: wraps the iterable of steps; see `progress_bar`.
@@ -58,8 +61,9 @@ def fit(
     Raises:
       FloatingPointError: a metric or, at a checkpoint, the state is not finite; names step and
         metric, or path. Nothing bad is saved: the last good checkpoint stays.
-      ValueError: the checkpoint is of another recipe, network or `about`; a count is below 1; a
-        metric is no scalar.
+      ValueError: the checkpoint is of another run (recipe, optimizer, schedule, loss, data,
+        teacher, start), network or `about`, with what differs, before anything is changed; a count
+        is below 1; a metric is no scalar.
 
     >>> import jax.numpy as jnp, numpy as np, optax, jaxcompress as jc
     >>> tx = optax.sgd(0.1)
@@ -75,15 +79,20 @@ def fit(
             raise ValueError(f"{name} must be at least 1, got {count}")
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(opened(checkpoints)) if checkpoints else None
-        if saver is not None and saver.latest is not None:
-            state = saver.restore(state, saver.latest)
+        made: dict[str, str] = {}
+        if saver is not None:
+            about = saver.settings.about
+            made = made_by(step, state, batch_at, teacher_params, about=about)
+            if saver.latest is not None:
+                state = saver.restore(state, saver.latest, made_by=made, batch_at=batch_at)
         start = int(jax.device_get(state.step))
         path = log if jax.process_index() == 0 else None
         recorder = Recorder(path, step=start, every=log_every)
         in_flight = collections.deque()
         todo = range(start + 1, steps + 1)
         for at in todo if progress is None else progress(todo):
-            state, metrics = step(state, teacher_params, batch_at(at - 1))
+            batch = batch_at(at - 1)
+            state, metrics = step(state, teacher_params, batch)
             recorder.add(at, metrics)
             in_flight.append(metrics)
             if len(in_flight) > _AHEAD:
@@ -95,7 +104,7 @@ def fit(
             if save or _due(fetch_every, at, steps):
                 _check(recorder, saver, state if save else None, at)
             if saver is not None and save:
-                saver.save(at, state)
+                saver.save(at, state, made_by=made, batch=batch_text(batch))
     return state
 
 

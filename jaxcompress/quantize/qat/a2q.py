@@ -15,6 +15,7 @@ from jaxcompress.formats.exact import exact_sum
 from jaxcompress.formats.scales import smallest_scale
 from jaxcompress.quantize.calibrate import refuse_non_finite
 from jaxcompress.quantize.qat.gradients import positive
+from jaxcompress.quantize.weights import made_for
 
 # Truncation takes what lies closer to the next integer than this share for that integer.
 _TOLERANCE = np.float32(2.0**-20)
@@ -130,7 +131,7 @@ def a2q(
         scaled, qparams, how = parts(w, state)
         return quantize(scaled, qparams, dtype=w.dtype, **how)
 
-    return per_leaf(init, apply, pack=pack)
+    return per_leaf(init, apply, pack=pack, maker=made_for(format, where))
 
 
 def _l1_bound(accumulator_bits: Any, input_bits: Any, input_signed: bool) -> Any:

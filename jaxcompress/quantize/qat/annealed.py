@@ -109,7 +109,8 @@ def annealed_activations(
         return kept if state.learned == () else CompressState(state.learned, kept)
 
     def outer(step, number, new):
-        learned, kept = new if isinstance(new, CompressState) else ((), new)
+        whole = new if isinstance(new, CompressState) else CompressState(buffers=new)
+        learned, kept = whole.learned, whole.buffers
         return CompressState(learned, Annealed(step, number, kept))
 
     def init(params, *inputs):

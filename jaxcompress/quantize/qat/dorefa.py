@@ -75,7 +75,9 @@ def dorefa(bits: int) -> Compressor:
         view = apply(w.astype(jnp.float32), state)
         return quantize(view, one, format=dorefa_format(bits), granularity=_WHOLE, dtype=w.dtype)
 
-    return per_leaf(lambda w: CompressState(buffers=largest(w)), apply, update=update, pack=pack)
+    maker = f"{bits} bits of DoReFa" if isinstance(bits, int) else None
+    init = lambda w: CompressState(buffers=largest(w))
+    return per_leaf(init, apply, update=update, pack=pack, maker=maker)
 
 
 def _spread(x: Array, rank: int) -> Array:

@@ -6,6 +6,7 @@ from jaxcompress.core.compressor import Compressor, CompressState, per_leaf
 from jaxcompress.core.packed import fake_quantize, quantize
 from jaxcompress.formats import Format, check_format, granularity_for
 from jaxcompress.quantize.calibrate import MovingAverage, moving_average, refuse_non_finite
+from jaxcompress.quantize.weights import made_for
 
 
 class Followed(NamedTuple):
@@ -63,4 +64,5 @@ def ema_ranges(
         refuse_non_finite("an array to pack", w)
         return quantize(w, state.buffers.qparams, format=format, granularity=where)
 
-    return per_leaf(init, apply, update=update, pack=pack)
+    maker = made_for(format, where)
+    return per_leaf(init, apply, update=update, pack=pack, maker=maker)

@@ -16,7 +16,7 @@ from jaxcompress.formats.exact import exact_sum
 from jaxcompress.formats.scales import smallest_scale
 from jaxcompress.quantize.calibrate import Calibrator, check_calibrator, refuse_non_finite
 from jaxcompress.quantize.qat.gradients import positive, scale_gradient, step_gradient_factor
-from jaxcompress.quantize.weights import qparams_of
+from jaxcompress.quantize.weights import made_for, qparams_of
 
 
 class LearnedStep(NamedTuple):
@@ -132,7 +132,9 @@ def learned_steps(
         refuse_non_finite("an array to pack", w, state.learned.step)
         return quantize(w, qparams(w, state), format=format, granularity=where)
 
-    return per_leaf(init, apply, pack=pack)
+    # Steps that are for `from_bits` serve any width.
+    stored = format if from_bits is None else integer(from_bits)
+    return per_leaf(init, apply, pack=pack, maker=made_for(stored, where))
 
 
 def _widened(from_bits: int, bits: Any) -> Any:

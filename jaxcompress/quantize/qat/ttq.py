@@ -12,7 +12,7 @@ from jaxcompress.formats import TernaryScales, granularity_for, ternary_ttq
 from jaxcompress.formats.scales import smallest_scale
 from jaxcompress.quantize.calibrate import refuse_non_finite
 from jaxcompress.quantize.qat.gradients import positive
-from jaxcompress.quantize.weights import qparams_of
+from jaxcompress.quantize.weights import made_for, qparams_of
 
 
 class TwoScales(NamedTuple):
@@ -77,7 +77,8 @@ def ttq(
         refuse_non_finite("an array to pack", w, *state.learned)
         return quantize(w, qparams(w, state), format=format, granularity=where)
 
-    return per_leaf(init, apply, update=update, pack=pack)
+    maker = made_for(format, where)
+    return per_leaf(init, apply, update=update, pack=pack, maker=maker)
 
 
 @jax.custom_jvp
