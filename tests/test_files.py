@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import threading
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +119,7 @@ def test_a_plan_comes_back(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": 3}', None])
 def test_an_emptied_or_damaged_cache_of_a_search_names_its_file(tmp_path, text):
     x, params = jnp.ones((2, 3)), {"w": jnp.ones((3, 2))}
-    given = dict(
+    given: Any = dict(
         weights={"int4": jc.quantize.weights(jc.formats.integer(4))}, cache=tmp_path / "cache.json"
     )
     run = lambda: jc.search.sensitivity(lambda p, x: x @ p["w"], params, [(x,)], **given)
