@@ -335,9 +335,11 @@ def test_leaves_that_are_no_floats_stay_in_reconstruction():
 def test_a_tied_weight_is_rounded_once():
     fn = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["w"].T
     w, x = draw(12, 8), draw(20, 12)
-    params, state = gptq(fn, {"w": w}, [(x,)], {"w": Spec(integer(4))})
+    with pytest.warns(UserWarning, match="to nearest, .*: w .'w', 'w#1' sum over different axes"):
+        params, state = gptq(fn, {"w": w}, [(x,)], {"w": Spec(integer(4))})
     view = recipe({"w": Spec(integer(4))}).apply(params, state)
     np.testing.assert_array_equal(view["w"], params["w"])
+    np.testing.assert_array_equal(view["w"], nearest(w, Spec(integer(4))))
 
 
 def test_errors_name_what_is_wrong():

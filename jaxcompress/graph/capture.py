@@ -98,19 +98,31 @@ def each_batch(what: str, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
     """The batches one by one: at least one, each a tuple of inputs; `what` is their name.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none; one has no rows.
       TypeError: one is no tuple.
     """
     empty = True
-    for inputs in batches:
+    for number, inputs in enumerate(batches):
         if not isinstance(inputs, tuple | list):
             raise TypeError(
                 f"{what} must hold tuples of inputs, (x,) for one, got {type(inputs).__name__}"
             )
+        _refuse_no_rows(f"{what}: batch {number}", inputs)
         yield tuple(inputs)
         empty = False
     if empty:
         raise ValueError(f"{what} is empty: calibration needs at least one batch of inputs")
+
+
+def _refuse_no_rows(name: str, inputs: Sequence[Any]) -> None:
+    # An input of which all arrays have no rows; one without arrays is a setting.
+    for k, value in enumerate(inputs):
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(value) if hasattr(x, "shape")]
+        if shapes and all(shape[:1] == (0,) for shape in shapes):
+            raise ValueError(
+                f"{name} has no rows: input {k} has shape {shapes[0]}; calibration needs at least "
+                "one row in every batch"
+            )
 
 
 def capture(

@@ -61,7 +61,7 @@ class Inlined(NamedTuple):
     """A program as a list.
 
     Attributes:
-      ops: in order of execution; of a `cond` only the branch that weighs most.
+      ops: in order of execution; of a `cond` only the branch that weighs most, or all of them.
       values: all arrays by number.
       inputs: numbers of the arguments that are no parameters.
       outputs: numbers of the results.
@@ -77,12 +77,16 @@ class Inlined(NamedTuple):
     choices: tuple[str, ...]
 
 
-def inline(program: Program, *, weigh: Callable[[list[Op]], Any], trips: Trips = None) -> Inlined:
+Weigh = Callable[[list[Op]], Any]
+
+
+def inline(program: Program, *, weigh: Weigh | None, trips: Trips = None) -> Inlined:
     """The operations of a traced program.
 
     Args:
       program: what `trace_program` gave.
-      weigh: weight of a list of operations; decides which branch of a `cond` stands for it.
+      weigh: weight of a list of operations; decides which branch of a `cond` stands for it. None:
+        all branches are listed, and then a "cond" that takes the results of all of them.
       trips: how often `while` loops of unknown length run: for all, or by scope ("decode/while");
         1 if it is not given.
 
@@ -128,7 +132,7 @@ def _stacked(eqn: Any) -> int:
 class _Inliner:
     """Numbers values and collects operations while it goes through a jaxpr."""
 
-    def __init__(self, program: Program, weigh: Callable[[list[Op]], Any], trips: Trips):
+    def __init__(self, program: Program, weigh: Weigh | None, trips: Trips):
         self.found, self.weigh, self.trips = program.found, weigh, trips
         self.ops: list[Op] = []
         self.values: dict[int, Value] = {}
@@ -255,7 +259,7 @@ class _Inliner:
         return self._loop(call, bodies=[test, step], n_carry=n_carry, length=trips or 1)
 
     def _cond(self, call: "_Call") -> Sequence[Operand]:
-        before, best = self.ops, None
+        before, branches = self.ops, []
         for number, branch in enumerate(call.eqn.params["branches"]):
             self.ops = []
             results = self.run(
@@ -265,13 +269,17 @@ class _Inliner:
                 call.times,
                 region=call.region,
             )
-            weight = self.weigh(self.ops)
-            if best is None or weight > best[0]:
-                best = weight, self.ops, results
-        assert best is not None
+            branches.append((self.ops, results))
         self.choices.append("/".join(filter(None, (call.where.scope, "cond"))))
-        self.ops = [*before, *best[1]]
-        return best[2]
+        if self.weigh is None:
+            self.ops = [*before, *(op for ops, _ in branches for op in ops)]
+            operands = [call.operands[0], *(n for _, results in branches for n in results)]
+            origins = self.found.results[call.where.place]
+            return self._emit(call, "cond", operands, call.results(origins))
+        weights = [self.weigh(ops) for ops, _ in branches]
+        ops, results = branches[weights.index(max(weights))]
+        self.ops = [*before, *ops]
+        return results
 
 
 class _Call(NamedTuple):

@@ -1,10 +1,10 @@
 """One layer after the other: what enters it is captured, its weight is replaced, on to the next.
 
 Methods that look at one layer at a time (GPTQ, AdaRound, Wanda, SparseGPT) differ in how they solve
-a layer; which layers there are, what enters them and in which order is the same.
+a layer; which layers there are, what enters them and in which order is the same. A weight that
+several contractions use is solved once, for the inputs of all of them (`graph.uses`).
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +25,7 @@ from jaxcompress.graph.capture import (
     warn_of_unseen,
 )
 from jaxcompress.graph.matrices import Layer, Layers
+from jaxcompress.graph.uses import Pool, pools
 
 Progress = Callable[[Iterable], Iterable]
 
@@ -36,11 +37,15 @@ class Matched(NamedTuple):
       layers: those whose leaf a rule takes, in order of execution.
       rules: path of a leaf -> its rule, of layers and of other leaves.
       left: "paths (reasons)" of the leaves that a rule takes and no layer uses as they are; or "".
+      pools: the weights of the layers, each with all that uses them.
+      apart: "path (reason)" of the leaves whose uses have no inputs in common; or "".
     """
 
     layers: tuple[Layer, ...]
     rules: dict[str, str]
     left: str
+    pools: tuple[Pool, ...]
+    apart: str
 
 
 def match_layers(
@@ -65,7 +70,10 @@ def match_layers(
         raise ValueError(f"{name}: its rules take the weight of no layer; layers: {names}")
     left = ", ".join(sorted(set(taken) - {layer.path for layer in chosen}))
     refused = "; ".join(f"{site}: {why}" for site, why in found.refused.items())
-    return Matched(chosen, taken, left + (f" ({refused})" if left and refused else ""))
+    found_pools = pools(chosen, found.readers)
+    apart = ", ".join(f"{path} ({why})" for path, why in found_pools.apart.items())
+    left += f" ({refused})" if left and refused else ""
+    return Matched(chosen, taken, left, found_pools.pools, apart)
 
 
 class Solve(Protocol):
@@ -80,20 +88,19 @@ def solve_layers(
     params: Any,
     batches: Batches,
     *,
-    layers: Sequence[tuple[Layer, ...]],
+    pools: Sequence[Pool],
     prefix: bool,
     gram: bool = True,
     grids: Mapping[str, Any] | None = None,
     layer_at_a_time: bool = False,
     progress: Progress = iter,
 ) -> Any:
-    """The params with the leaf of every layer replaced, in order.
+    """The params with the weights of every pool replaced, in order.
 
     Args:
-      solve: what is done with a layer.
+      solve: what is done with a layer, the moments being those of all its uses.
       apply_fn, params, batches: the network and the data.
-      layers: each with those that use the same weights in the same way: their inputs count
-        together.
+      pools: weights with their uses, of `graph.uses.pools`.
       prefix: whether what enters a layer comes from the network with the layers before it replaced
         already; else from the network as it is.
       gram, grids: as in `capture`.
@@ -101,26 +108,16 @@ def solve_layers(
       progress: wraps the layers, for a progress bar.
     """
     current, unseen = params, []
-    one_by_one = list(itertools.chain(*layers))
     what: dict[str, Any] = {"gram": gram, "grids": grids}
 
     def of_prefix() -> Iterator[Moments]:
-        for layer in one_by_one:
-            found = capture(apply_fn, current, batches, layers=[layer], **what)
-            yield found[layer.tap.name]
+        for pool in pools:
+            yield pool.moments(capture(apply_fn, current, batches, layers=_layers([pool]), **what))
 
-    def of_given() -> Iterator[Moments]:
-        if layer_at_a_time:
-            for _, moments in stream(apply_fn, params, batches, layers=one_by_one, **what):
-                yield moments
-        else:
-            found = capture(apply_fn, params, batches, layers=one_by_one, **what)
-            yield from (found.pop(layer.tap.name) for layer in one_by_one)
-
-    seen = of_prefix() if prefix else of_given()
-    for uses in progress(_Sized(layers)):
-        moments = merged([next(seen) for _ in uses])
-        layer = uses[0]
+    given = lambda: _given(apply_fn, params, batches, pools, what, layer_at_a_time)
+    seen = of_prefix() if prefix else given()
+    for pool in progress(_Sized(pools)):
+        moments, layer = next(seen), pool.layer
         unseen += [layer.path + where for where in blind_matrices(moments)]
         new = solve(layer, leaf(current, layer.path), moments.seen_as_white())
         current = replaced(current, {layer.path: new})
@@ -128,28 +125,44 @@ def solve_layers(
     return current
 
 
-class _Sized:
-    """The layers, one by one, with their number, for progress bars."""
+def _given(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Batches,
+    pools: Sequence[Pool],
+    what: Mapping[str, Any],
+    layer_at_a_time: bool,
+) -> Iterator[Moments]:
+    # Of every pool in turn, from the network as it is; sums are let go after their last pool.
+    if layer_at_a_time:
+        for pool in pools:
+            seen = stream(apply_fn, params, batches, layers=_layers([pool]), **what)
+            yield pool.moments({layer.tap.name: moments for layer, moments in seen})
+        return
+    found = capture(apply_fn, params, batches, layers=_layers(pools), **what)
+    last = {use.layer.tap.name: k for k, pool in enumerate(pools) for use in pool.uses}
+    for k, pool in enumerate(pools):
+        yield pool.moments(found)
+        for name in [name for name, at in last.items() if at == k]:
+            del found[name]
 
-    def __init__(self, layers: Sequence[tuple[Layer, ...]]):
-        self._layers = layers
+
+def _layers(pools: Sequence[Pool]) -> list[Layer]:
+    # All that use the weights of these pools, each once.
+    return list({use.layer.tap.name: use.layer for pool in pools for use in pool.uses}.values())
+
+
+class _Sized:
+    """The pools, one by one, with their number, for progress bars."""
+
+    def __init__(self, pools: Sequence[Pool]):
+        self._pools = pools
 
     def __iter__(self) -> Iterator:
-        return iter(self._layers)
+        return iter(self._pools)
 
     def __len__(self) -> int:
-        return len(self._layers)
-
-
-def merged(parts: Sequence[Moments]) -> Moments:
-    """The moments of all rows together."""
-    if len(parts) == 1:
-        return parts[0]
-    sums = jax.tree.map(lambda first, *rest: sum(rest, start=first), *parts)
-    # around the mean of all: n (mean_part - mean)^2 more
-    apart = [part.count[..., None] * (part.mean - sums.mean) ** 2 for part in parts]
-    largest = jnp.max(jnp.stack([part.largest for part in parts]), axis=0)
-    return sums._replace(largest=largest, scatter=sum(apart, start=sums.scatter))
+        return len(self._pools)
 
 
 def matrices(layer: Layer, leaf: Array) -> Array:

@@ -13,7 +13,7 @@ from jaxcompress.graph import compat
 from jaxcompress.graph.products import members, numbers_at
 from jaxcompress.graph.sites import Site, Tap
 from jaxcompress.graph.trace import Program, trace_program
-from jaxcompress.graph.views import views
+from jaxcompress.graph.views import Reader, views_and_readers
 
 
 class Layer(NamedTuple):
@@ -59,10 +59,12 @@ class Layers(NamedTuple):
     Attributes:
       layers: in order of execution.
       refused: name of a site with a weight -> why its weight is no view of one leaf.
+      readers: what else reads leaves: lookups, arithmetic, results.
     """
 
     layers: tuple[Layer, ...]
     refused: dict[str, str]
+    readers: tuple[Reader, ...] = ()
 
 
 def layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> Layers:
@@ -79,7 +81,8 @@ def layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> Layers:
 
 def layers_of(program: Program) -> Layers:
     """As `layers`, of a traced program."""
-    seen, found, refused = views(program), [], {}
+    seen, readers = views_and_readers(program)
+    found, refused, entered = [], {}, set()
     names = {tap.name for tap in program.graph.taps}
     for place, taps in program.places.items():
         site = taps[0].site if taps else None
@@ -93,7 +96,11 @@ def layers_of(program: Program) -> Layers:
         elif tap.name in names:
             view = seen[place]
             found.append(Layer(tap, view.path, _arranged(site, view.index)))
-    return Layers(tuple(found), refused)
+            entered.add(place)
+    for place in seen.keys() - entered:
+        view, site = seen[place], program.contractions[place]
+        readers.append(Reader(view.path, f"{site.primitive} of {site.name!r}", view.index))
+    return Layers(tuple(found), refused, tuple(readers))
 
 
 def _refusal(site: Site) -> str:

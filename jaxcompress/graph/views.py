@@ -1,13 +1,13 @@
 """Which elements of a parameter leaf a contraction multiplies with, whatever views lie between."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxcompress.graph.follow import Place
-from jaxcompress.graph.inline import LOOP, Inlined, Op, inline, rows
+from jaxcompress.graph.inline import END, LOOP, Inlined, Op, carried, inline, rows
 from jaxcompress.graph.trace import Program
 
 
@@ -38,21 +38,74 @@ class Part(NamedTuple):
         return Part(self.path, index, depth)
 
 
+class Reader(NamedTuple):
+    """What reads elements of a leaf, and is no contraction with them.
+
+    Attributes:
+      path: of the leaf.
+      what: name of the operation, and where it is.
+      index: int, positions in the flattened leaf.
+    """
+
+    path: str
+    what: str
+    index: np.ndarray
+
+
 def views(program: Program) -> dict[Place, View]:
     """The view behind the weight operand of every contraction where there is one.
 
     Transposes, reshapes, slices, casts and the rows of a scan are views; arithmetic on a leaf
     (normalized or masked weights), joined leaves and leaves that a loop carries are none.
     """
-    flat = inline(program, weigh=len)
+    return views_and_readers(program)[0]
+
+
+def views_and_readers(program: Program) -> tuple[dict[Place, View], list[Reader]]:
+    """As `views`, and all else that reads leaves, in every branch of a `cond`."""
+    flat = inline(program, weigh=None)
     parts, found = parts_of(program, flat), {}
-    for op in flat.ops:
+    taken = set()
+    for k, op in enumerate(flat.ops):
         site = program.contractions.get(op.place)
         number = None if site is None or site.weight is None else op.operands[site.weight]
-        if number in parts:
+        if site is not None and number in parts:
             part = parts[number]
             found[op.place] = View(part.path, part.inside(len(op.region)).index)
-    return found
+            taken.add((k, site.weight))
+    return found, readers(flat, parts, taken)
+
+
+def readers(
+    flat: Inlined, parts: dict[int, Part], taken: Container[tuple[int, int | None]]
+) -> list[Reader]:
+    """What reads views of leaves, whose result counts, and is no view itself.
+
+    Args:
+      flat: the operations.
+      parts: of `parts_of`.
+      taken: (operation, operand) that are left out.
+    """
+    alive, found = set(flat.outputs), []
+    for k in range(len(flat.ops) - 1, -1, -1):
+        op = flat.ops[k]
+        if op.primitive not in (LOOP, END) and alive.isdisjoint(op.outputs):
+            continue
+        alive.update(op.inputs)
+        if op.primitive == LOOP:  # constants and rows are read inside, if at all
+            carry = len(carried(op)[0]) - len(rows(op)[0])
+            operands = carried(op)[0][:carry]
+        elif op.primitive == END:
+            operands = op.operands[len(op.eqn.invars) - len(op.outputs) :]
+        elif op.outputs and op.outputs[0] in parts:
+            continue
+        else:
+            operands = [n for port, n in enumerate(op.operands) if (k, port) not in taken]
+        name = "a loop that carries it" if op.primitive in (LOOP, END) else op.primitive
+        what = f"{name} at {op.scope!r}" if op.scope else name
+        found += [Reader(parts[n].path, what, parts[n].index) for n in operands if n in parts]
+    results = (parts[n] for n in flat.outputs if n in parts)
+    return found[::-1] + [Reader(part.path, "the result", part.index) for part in results]
 
 
 def parts_of(program: Program, flat: Inlined, *, broadcast: bool = False) -> dict[int, Part]:

@@ -7,7 +7,7 @@ papers' weights are columns here. "Consecutive" inputs are consecutive in K.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -21,6 +21,7 @@ from jaxcompress.core.select import keep_count, top_k_mask
 from jaxcompress.graph.capture import Batches, Moments, check_batches
 from jaxcompress.graph.layerwise import Progress, match_layers, solve_layers
 from jaxcompress.graph.matrices import Layer, layers
+from jaxcompress.graph.uses import Pool, pools
 from jaxcompress.prune.state import PruneState, apply_masks, is_dense
 
 Inputs = Literal["dense", "pruned"]
@@ -32,12 +33,12 @@ class Targets(NamedTuple):
     """What is pruned, and with which data.
 
     Attributes:
-      layers: in order of execution, each with the later ones that use its weights the same way.
+      pools: the weights, in order of execution, each with all that uses them.
       shares: path of a leaf -> its `Share`; leaves that are only quantized have none.
       batches: the data, a list.
     """
 
-    layers: list[tuple[Layer, ...]]
+    pools: list[Pool]
     shares: dict[str, Share]
     batches: Batches
 
@@ -52,8 +53,8 @@ def targets(
 ) -> Targets:
     """Matches shares of zeros (and formats) with the layers of a network.
 
-    Warns of leaves that a rule takes and that stay dense, and of uses of a weight that has been
-    pruned for an earlier layer.
+    Warns of leaves that a rule takes and that stay dense: no contraction takes them as they are, or
+    their uses have no inputs in common (`graph.uses`).
 
     Raises:
       ValueError: no data; a rule that matches nothing, or no layer; a share out of range; NaN or
@@ -81,10 +82,14 @@ def targets(
         with at_path(path):
             if not holds(jnp.isfinite, flat[path]):
                 raise ValueError("a weight to prune must not be NaN or Inf")
-    groups, skipped = pooled([layer for layer in found.layers if layer.path in full])
-    if skipped:
-        _warn(f"not looked at, since their weights are pruned for an earlier layer: {skipped}")
-    return Targets(groups, {path: taken[path] for path in taken if path in full}, batches)
+    solved, apart = pools([layer for layer in found.layers if layer.path in full], found.readers)
+    if apart:
+        names = ", ".join(f"{path} ({why})" for path, why in apart.items())
+        left = "rounded only" if apart.keys().isdisjoint(taken) else "left dense"
+        _warn(f"{left}, since their uses have no inputs in common: {names}")
+    have_pools = {pool.layer.path for pool in solved}
+    kept_shares = {path: share for path, share in taken.items() if path in have_pools}
+    return Targets(list(solved), kept_shares, batches)
 
 
 def _warn(message: str) -> None:
@@ -106,22 +111,6 @@ def _checked_share(rule: str, share: Any) -> Share:
     if not 0 <= share <= 1:
         raise ValueError(f"{where} must be a share of zeros in [0, 1], got {share}")
     return float(share)
-
-
-def pooled(layers: Sequence[Layer]) -> tuple[list[tuple[Layer, ...]], str]:
-    """Layers of the same matrices together; names of those that share only some weights."""
-    groups: list[list[Layer]] = []
-    skipped = []
-    for layer in layers:
-        others = [group for group in groups if group[0].path == layer.path]
-        same = [group for group in others if np.array_equal(group[0].index, layer.index)]
-        if same:
-            same[0].append(layer)
-        elif any(np.isin(layer.index, group[0].index).any() for group in others):
-            skipped.append(layer.tap.name)
-        else:
-            groups.append([layer])
-    return [tuple(group) for group in groups], ", ".join(skipped)
 
 
 class Pruned(NamedTuple):
@@ -173,7 +162,7 @@ def prune_layers(
         apply_fn,
         params,
         planned.batches,
-        layers=planned.layers,
+        pools=planned.pools,
         prefix=inputs == "pruned",
         gram=gram,
         grids=grids,

@@ -1,5 +1,6 @@
 """Scores of coupled channels by what their removal costs when the rest makes up for it."""
 
+import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,9 +12,8 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes_terms import places, size
 from jaxcompress.graph.capture import Moments, capture, check_batches
-from jaxcompress.graph.layerwise import merged
 from jaxcompress.graph.matrices import Layer, layers
-from jaxcompress.prune.calibrated import pooled
+from jaxcompress.graph.uses import Pool, pools
 from jaxcompress.prune.coupled import along, group_names, of_network
 from jaxcompress.prune.score_trees import check_weights
 
@@ -124,36 +124,52 @@ def _start(axes, apply_fn, params, batches, of, damping) -> dict[str, list["_Mat
     check_weights(params)
     of_network(axes, params)
     batches = check_batches(batches)
-    pools = {
-        p[0].tap.name: p for p in pooled(list(layers(apply_fn, params, *batches[0]).layers))[0]
-    }
-    heads = [pool[0] for pool in pools.values()]
-    readers = {name: _readers(axes, name, heads) for name in group_names(axes, of)}
+    found = layers(apply_fn, params, *batches[0])
+    solved, apart = pools(found.layers, found.readers)
+    readers = {name: _readers(axes, name, solved) for name in group_names(axes, of)}
     if of is None:
         readers = {name: parts for name, parts in readers.items() if parts}
     for name, parts in readers.items():
         if not parts:
-            raise ValueError(f"no contraction with a weight reads the channels of {name!r}")
-    used = list(dict.fromkeys(p.layer.tap.name for parts in readers.values() for p in parts))
-    uses = [layer for name in used for layer in pools[name]]
-    seen = capture(apply_fn, params, batches, layers=uses) if uses else {}
-    moments = {name: merged([seen[use.tap.name] for use in pools[name]]) for name in used}
+            reason = "".join(f"; {path}: {why}" for path, why in apart.items())
+            raise ValueError(f"no contraction with a weight reads the channels of {name!r}{reason}")
+    _warn_of(apart, axes, readers)
+    used = {part.pool: None for parts in readers.values() for part in parts}
+    uses = {use.layer.tap.name: use.layer for at in used for use in solved[at].uses}
+    seen = capture(apply_fn, params, batches, layers=list(uses.values())) if uses else {}
+    moments = {at: solved[at].moments(seen) for at in used}
     flat = dict(leaves_with_paths(params))
     return {
-        name: [part.start(flat[part.layer.path], moments, damping) for part in parts]
+        name: [part.start(flat[part.layer.path], moments[part.pool], damping) for part in parts]
         for name, parts in readers.items()
     }
 
 
+def _warn_of(apart: Mapping[str, str], axes: Axes, names: Iterable[str]) -> None:
+    # Of leaves with these channels that have no inputs in common.
+    left = []
+    for path, why in apart.items():
+        atoms = {known for term in axes.program.leaves[path] for known, _ in places(term)}
+        if any(axes.program.atoms[name] in atoms for name in names):
+            left.append(f"{path} ({why})")
+    if left:
+        warnings.warn(
+            f"not fitted and not counted, since their uses have no inputs in common: "
+            f"{', '.join(left)}",
+            stacklevel=4,
+        )
+
+
 class _Part(NamedTuple):
-    # One matrix of a layer, and where the channels are among its inputs.
+    # One matrix of a pool, and where the channels are among its inputs.
+    pool: int
     layer: Layer
     at: tuple[int, int]  # trip of a scan, group of a convolution
     channels: np.ndarray  # [C] that are among the inputs
     rows: np.ndarray  # [C, R] the inputs of each
 
-    def start(self, leaf: Array, moments: Mapping[str, Moments], damping: float) -> "_Matrix":
-        hessian = np.asarray(moments[self.layer.tap.name].hessian[self.at], np.float64)
+    def start(self, leaf: Array, moments: Moments, damping: float) -> "_Matrix":
+        hessian = np.asarray(moments.hessian[self.at], np.float64)
         weight = np.asarray(self.layer.take(leaf)[self.at], np.float64)
         power = float(np.sum(weight * (hessian @ weight)))
         mean = np.trace(hessian) / len(hessian)
@@ -161,20 +177,21 @@ class _Part(NamedTuple):
         return _Matrix(self, weight, np.linalg.inv(hessian), power)
 
 
-def _readers(axes: Axes, name: str, found: Iterable[Layer]) -> list[_Part]:
+def _readers(axes: Axes, name: str, found: Iterable[Pool]) -> list[_Part]:
     atom = axes.program.atoms[name]
     parts = []
-    for layer in found:
+    for number, (layer, _) in enumerate(found):
         terms = axes.program.leaves[layer.path]
         shape = tuple(map(size, terms))
         for axis, term in enumerate(terms):
             for known, at in places(term):
                 if known == atom:
-                    parts += _inputs(layer, np.broadcast_to(along(at, axis, len(terms)), shape))
+                    channel_of = np.broadcast_to(along(at, axis, len(terms)), shape)
+                    parts += _inputs(number, layer, channel_of)
     return parts
 
 
-def _inputs(layer: Layer, channel_of: np.ndarray) -> list[_Part]:
+def _inputs(pool: int, layer: Layer, channel_of: np.ndarray) -> list[_Part]:
     # The matrices of which some inputs, not all, are of a channel; -1 is none.
     parts = []
     index = channel_of.reshape(-1)[layer.index]  # [S, G, K, N]
@@ -185,7 +202,7 @@ def _inputs(layer: Layer, channel_of: np.ndarray) -> list[_Part]:
         channels, counts = np.unique(rows[:, 0][rows[:, 0] >= 0], return_counts=True)
         if len(set(counts.tolist())) == 1:
             order = np.argsort(rows[:, 0], kind="stable")[(rows[:, 0] < 0).sum() :]
-            parts.append(_Part(layer, at, channels, order.reshape(len(channels), -1)))
+            parts.append(_Part(pool, layer, at, channels, order.reshape(len(channels), -1)))
     return parts
 
 

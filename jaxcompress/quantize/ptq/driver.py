@@ -1,5 +1,6 @@
 """Runs a solver over the layers of a network: inputs of the float or of the quantized one."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -45,6 +46,9 @@ def drive(
 ) -> tuple[Any, CompressState]:
     """Solves every layer that `spec` takes, in order; params on their grids, and the state.
 
+    Weights that several contractions use are solved once, for the inputs of all of them; where that
+    cannot be (`graph.uses`), they are rounded to nearest, and a warning names them.
+
     Args as in `gptq`.
 
     Raises:
@@ -54,6 +58,11 @@ def drive(
         raise ValueError(f"inputs must be 'float' or 'quantized', got {inputs!r}")
     planned = plan(apply_fn, params, data, spec)
     state = planned.recipe.init(params)
+    if planned.apart:
+        warnings.warn(
+            f"rounded to nearest, since their uses have no inputs in common: {planned.apart}",
+            stacklevel=3,
+        )
 
     def solve_layer(layer: Layer, leaf: Array, moments: Moments) -> Array:
         nonlocal state
@@ -67,7 +76,7 @@ def drive(
         apply_fn,
         params,
         planned.batches,
-        layers=[(layer,) for layer in planned.layers],
+        pools=planned.pools,
         prefix=inputs == "quantized",
         grids=grids,
         layer_at_a_time=layer_at_a_time,

@@ -139,11 +139,15 @@ class Problem(NamedTuple):
             return None
         numbers = jnp.arange(math.prod(scale_shape)).reshape(scale_shape)
         ids = jnp.broadcast_to(where.expand(numbers, shape), shape)
+        everywhere = np.bincount(np.asarray(ids).reshape(-1), minlength=numbers.size)
         ids = np.asarray(self.layer.take(ids))[:, :, self.order]
         size = min(where.group or ids.shape[2], ids.shape[2])
         starts = ids[:, :, ::size]
         regular = np.array_equal(np.repeat(starts, size, axis=2)[:, :, : ids.shape[2]], ids)
-        return Blocks(size, starts) if regular and len(np.unique(starts)) == starts.size else None
+        # A scale that weights of other contractions have too stays.
+        mine = np.bincount(ids.reshape(-1), minlength=everywhere.size)
+        own = np.all((mine == 0) | (mine == everywhere))
+        return Blocks(size, starts) if own and regular and _unique(starts) else None
 
     def grid(self) -> tuple[Any, Any]:
         """A format and its arrays for the matrices, element by element [S, G, K, N]."""
@@ -176,3 +180,7 @@ class Problem(NamedTuple):
             return flat.at[blocks.ids].set(chosen).reshape(old.shape)
 
         return jax.tree.map(put, self.qparams, result.qparams)
+
+
+def _unique(numbers: np.ndarray) -> bool:
+    return len(np.unique(numbers)) == numbers.size

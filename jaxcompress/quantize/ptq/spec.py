@@ -11,6 +11,7 @@ from jaxcompress.formats import Format, Granularity, check_format, granularity_f
 from jaxcompress.graph.capture import Batches, check_batches
 from jaxcompress.graph.layerwise import leaf, match_layers, replaced
 from jaxcompress.graph.matrices import Layer, layers
+from jaxcompress.graph.uses import Pool
 from jaxcompress.quantize.calibrate import Calibrator, check_calibrator
 from jaxcompress.quantize.weights import weights
 
@@ -100,6 +101,8 @@ class Plan(NamedTuple):
       rules: path of a leaf -> its rule.
       spec: path of a leaf -> its `Spec`.
       batches: the data, a list.
+      pools: the weights of the layers, each with all that uses them.
+      apart: "path (reason)" of the leaves whose uses have no pool; or "".
     """
 
     recipe: Compressor
@@ -107,6 +110,8 @@ class Plan(NamedTuple):
     rules: dict[str, str]
     spec: dict[str, Spec]
     batches: Batches
+    pools: tuple[Pool, ...]
+    apart: str
 
     def with_qparams(self, state: CompressState, qparams: Mapping[str, Any]) -> CompressState:
         """The recipe's state with other scales, {path: the format's arrays}."""
@@ -143,4 +148,5 @@ def plan(
             stacklevel=3,
         )
     specs = {path: spec[rule] for path, rule in matched.rules.items()}
-    return Plan(recipe(spec), matched.layers, matched.rules, specs, batches)
+    found = matched.layers, matched.rules, specs, batches, matched.pools, matched.apart
+    return Plan(recipe(spec), *found)

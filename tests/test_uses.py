@@ -1,0 +1,246 @@
+"""A leaf that several contractions use: what calibration does holds over all of them."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxcompress.formats import integer
+from jaxcompress.graph.capture import capture
+from jaxcompress.graph.matrices import layers
+from jaxcompress.graph.uses import pools
+from jaxcompress.prune.group_obs import group_obs
+from jaxcompress.prune.sparse_gpt import sparse_gpt
+from jaxcompress.prune.wanda import wanda
+from jaxcompress.quantize import Spec, ptq
+from jaxcompress.quantize.ptq import adaround, gptq, recipe
+
+K, N = 24, 8
+INT4 = {".*w": Spec(integer(4))}
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def mixed(rows, k, seed):
+    """Correlated inputs, for which rounding to nearest is not the best."""
+    return draw(rows, k, seed=seed) @ draw(k, k, seed=seed + 1) * 0.3
+
+
+W, A, B = draw(K, N), mixed(64, K, 1), 5 * mixed(64, K, 3)
+EVERY = {
+    "gptq": gptq,
+    "gptq in order": lambda *a: gptq(*a, act_order=True),
+    "gptq of groups": lambda *a: gptq(*a, groups="current"),
+    "gptq with sweeps": lambda *a: gptq(*a, sweeps=2),
+    "gptq of quantized inputs": lambda *a: gptq(*a, inputs="quantized"),
+    "gptq one by one": lambda *a: gptq(*a, layer_at_a_time=True),
+    "adaround": lambda *a: adaround(*a, steps=150),
+}
+
+
+def error(inputs, new, w=W):
+    """Squared error of each output over all uses, float64."""
+    off = np.asarray(new, np.float64) - np.asarray(w, np.float64)
+    return sum(np.sum((np.asarray(x, np.float64) @ off) ** 2, 0) for x in inputs)
+
+
+def rounded(method, fn, params, data, spec=INT4):
+    view = recipe(spec).apply(*method(fn, params, data, spec))
+    return {path: np.asarray(leaf) for path, leaf in view.items()}
+
+
+def nearest(params, spec=INT4):
+    comp = recipe(spec)
+    return comp.apply(params, comp.init(params))
+
+
+two_towers = lambda p, a, b: (a @ p["w"], b @ p["w"])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_two_sites_count_as_their_rows_together(name):
+    pooled = jnp.concatenate([A, B])
+    got = rounded(EVERY[name], two_towers, {"w": W}, [(A, B)])["w"]
+    want = rounded(EVERY[name], lambda p, a: a @ p["w"], {"w": W}, [(pooled,)])["w"]
+    plain = error([A, B], nearest({"w": W})["w"])
+    np.testing.assert_allclose(error([A, B], got).sum(), error([pooled], want).sum(), rtol=0.02)
+    assert (error([A, B], got) <= plain * (1 + 1e-5)).all()
+    assert error([A, B], got).sum() < 0.8 * plain.sum()
+
+
+class Views(NamedTuple):
+    """A leaf [K, N] used more than once, and the inputs of its columns as NumPy sees them."""
+
+    fn: Callable[..., Any]
+    data: tuple[jax.Array, ...]
+    seen: Callable[[int], list[Any]]  # output -> inputs [rows, K] that meet its weights
+
+
+def _padded(x, at):
+    wide = np.zeros((len(x), K))
+    wide[:, at] = x
+    return wide
+
+
+def _twice(p, x):
+    step = lambda x, _: (jnp.tanh(x @ p["w"] @ jnp.ones((N, K)) / N), None)
+    return lax.scan(step, x, None, length=2)[0]
+
+
+def _carried(x):
+    return np.tanh(np.asarray(x, np.float64) @ np.asarray(W, np.float64) @ np.ones((N, K)) / N)
+
+
+SITUATIONS = {
+    "three sites": Views(
+        lambda p, a, b: (a @ p["w"], b @ p["w"], (a - b) @ p["w"]),
+        (A, B),
+        lambda n: [A, B, A - B],
+    ),
+    "a scan": Views(_twice, (A,), lambda n: [A, _carried(A)]),
+    "slices of inputs": Views(
+        lambda p, a, b: (a @ p["w"], b[:, :6] @ p["w"][:6], b[:, 6:] @ p["w"][6:]),
+        (A, B),
+        lambda n: [A, _padded(B[:, :6], range(6)), _padded(B[:, 6:], range(6, K))],
+    ),
+    "slices of outputs": Views(
+        lambda p, a, b: (a @ p["w"], b @ p["w"][:, 2:5]),
+        (A, B),
+        lambda n: [A, B] if 2 <= n < 5 else [A],
+    ),
+    "turned about": Views(
+        lambda p, a, b: (a @ p["w"], b @ p["w"][::-1, ::-1]),
+        (A, B),
+        lambda n: [A, B[:, ::-1]],
+    ),
+    "branches": Views(
+        lambda p, a, b: (a @ p["w"], lax.cond(b.sum() > 0, lambda: b @ p["w"], lambda: b @ p["w"])),
+        (A, B),
+        lambda n: [A, B],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_views_that_lie_along_each_other_are_one_problem(name):
+    fn, data, seen = SITUATIONS[name]
+    found = layers(fn, {"w": W}, *data)
+    solved, apart = pools(found.layers, found.readers)
+    assert not apart
+    moments = capture(fn, {"w": W}, [data], layers=found.layers)
+    covered = []
+    for pool in solved:
+        gram = np.asarray(pool.moments(moments).gram)
+        for column in pool.layer.index[0, 0].T:
+            rows, outputs = np.unravel_index(column, W.shape)
+            (output,) = set(outputs.tolist())
+            xs = [np.asarray(x, np.float64) for x in seen(output)]
+            want = sum(x.T @ x for x in xs)[np.ix_(rows, rows)]
+            np.testing.assert_allclose(gram[0, 0], want, rtol=1e-3, atol=1e-2)
+            covered += column.tolist()
+    assert sorted(covered) == list(range(W.size))
+    got = rounded(gptq, fn, {"w": W}, [data])["w"]
+    plain = nearest({"w": W})["w"]
+    mine, theirs = (np.array([error(seen(n), v)[n] for n in range(N)]) for v in (got, plain))
+    assert (mine <= theirs * (1 + 1e-5)).all() and mine.sum() < theirs.sum()
+
+
+APART = {
+    "across": (lambda p, a, b: (a @ p["w"], b[:, :N] @ p["w"].T), "'w', 'w#1' sum over diff"),
+    "lookup": (lambda p, a, b: (a @ p["w"].T[:, :K], p["w"][jnp.arange(3)]), "read by gather"),
+    "arithmetic": (lambda p, a, b: (a @ p["w"], b @ (2 * p["w"])), "also read by mul"),
+    "result": (lambda p, a, b: (a @ p["w"], p["w"]), "also read by the result"),
+    "joined": (lambda p, a, b: (a @ p["w"], b @ jnp.concatenate([p["w"], p["w"]], 1)), "concat"),
+    "carried": (
+        lambda p, a, b: (
+            a @ p["w"],
+            lax.fori_loop(0, 2, lambda _, c: (c[0] / 2, c[1] @ c[0]), (p["w"][:N], b[:, :N])),
+        ),
+        "also read by a loop that carries it",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [gptq, adaround, wanda, sparse_gpt], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("name", APART)
+def test_uses_without_inputs_in_common_are_left_alone_and_named(name, method):
+    fn, why = APART[name]
+    w = draw(K, K) if name == "lookup" else W
+    params, data = {"w": w, "other": draw(N, 3)}, [(A, B)]
+    both = lambda p, a, b: (fn(p, a, b), a[:, :N] @ p["other"])
+    rules = 0.5 if method in (wanda, sparse_gpt) else {".*": Spec(integer(4))}
+    with pytest.warns(UserWarning, match=f"no inputs in common: w .*{why}") as said:
+        new, _ = method(both, params, data, rules)
+    assert len(said) == 1
+    want = w if method in (wanda, sparse_gpt) else nearest({"w": w})["w"]
+    np.testing.assert_array_equal(new["w"], want)
+    assert (new["other"] != params["other"]).any()
+
+
+def test_what_is_read_for_nothing_does_not_count():
+    def fn(p, a):
+        _ = jnp.sum(p["w"] ** 2)
+        return lax.scan(lambda x, _: (x, x @ p["w"]), a, None, length=2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rounded(gptq, fn, {"w": W}, [(A,)])
+
+
+@pytest.mark.parametrize("method", [wanda, sparse_gpt], ids=lambda m: m.__name__)
+def test_pruning_counts_slices_too(method):
+    fn = lambda p, a, b: (a @ p["w"], b[:, :6] @ p["w"][:6])
+    rows = jnp.concatenate([A, jnp.asarray(_padded(B[:, :6], range(6)), jnp.float32)])
+    got, state = method(fn, {"w": W}, [(A, B)], 0.5)
+    want, mask = method(lambda p, a: a @ p["w"], {"w": W}, [(rows,)], 0.5)
+    np.testing.assert_array_equal(state.buffers.masks["w"], mask.buffers.masks["w"])
+    np.testing.assert_allclose(got["w"], want["w"], atol=1e-3)
+
+
+def test_scales_that_others_share_stay_where_groups_are_found_on_the_way():
+    # The scale of a column belongs to both slices: neither may move it.
+    fn = lambda p, a: (a[:, :6] @ p["w"][:6], a[:, 6:] @ p["w"][6:])
+    _, state = gptq(fn, {"w": W}, [(A,)], INT4, groups="current")
+    want = recipe(INT4).init({"w": W})
+    jax.tree.map(np.testing.assert_array_equal, state, want)
+    got = rounded(EVERY["gptq of groups"], fn, {"w": W}, [(A,)])["w"]
+    for at in (slice(6), slice(6, K)):
+        mine = error([A[:, at]], got[at], W[at])
+        assert (mine <= error([A[:, at]], nearest({"w": W})["w"][at], W[at]) * (1 + 1e-5)).all()
+
+
+def test_group_obs_names_what_it_does_not_count():
+    from jaxcompress.graph.axes import axes
+
+    params = {"up": draw(4, 6), "down": draw(6, 4), "tied": draw(4, 6, seed=2)}
+
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["up"] + x @ p["tied"])
+        return h @ p["down"] + jnp.tanh(h @ p["tied"].T)
+
+    x = draw(40, 4)
+    with pytest.warns(UserWarning, match="not fitted and not counted, .*: tied .'tied', 'tied#1'"):
+        group_obs(axes(fn, params, x), fn, params, [(x,)], of=["tied[1]"])
+
+
+METHODS_WITH_DATA = [gptq, adaround, ptq.awq, ptq.smooth_quant, ptq.correct_bias, ptq.equalize]
+METHODS_WITH_DATA += [ptq.reconstruct, ptq.hqq, ptq.mse_clip, ptq.round_to_nearest]
+
+
+@pytest.mark.parametrize(
+    "method", [*METHODS_WITH_DATA, wanda, sparse_gpt], ids=lambda m: m.__name__
+)
+def test_batches_without_rows_are_refused(method):
+    fn = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"][None])
+    params = {"w": W, "b": jnp.zeros(N)}
+    rules = 0.5 if method in (wanda, sparse_gpt) else INT4
+    for data in ([(A[:0],)], [(A,), (A[:0],)]):
+        with pytest.raises(ValueError, match=r"data: batch \d has no rows: input 0 has"):
+            method(fn, params, data, rules)
