@@ -48,7 +48,7 @@ EVERY = {
 def error(inputs, new, w=W):
     """Squared error of each output over all uses, float64."""
     off = np.asarray(new, np.float64) - np.asarray(w, np.float64)
-    return sum(np.sum((np.asarray(x, np.float64) @ off) ** 2, 0) for x in inputs)
+    return np.sum([np.sum((np.asarray(x, np.float64) @ off) ** 2, 0) for x in inputs], 0)
 
 
 def rounded(method, fn, params, data, spec=INT4):
@@ -142,7 +142,7 @@ def test_views_that_lie_along_each_other_are_one_problem(name):
             rows, outputs = np.unravel_index(column, W.shape)
             (output,) = set(outputs.tolist())
             xs = [np.asarray(x, np.float64) for x in seen(output)]
-            want = sum(x.T @ x for x in xs)[np.ix_(rows, rows)]
+            want = np.sum([x.T @ x for x in xs], 0)[np.ix_(rows, rows)]
             np.testing.assert_allclose(gram[0, 0], want, rtol=1e-3, atol=1e-2)
             covered += column.tolist()
     assert sorted(covered) == list(range(W.size))

@@ -130,8 +130,9 @@ def _of_use(moments: Moments, use: Use, size: int) -> Moments:
     if gram.size:
         square = jnp.zeros((size, size), gram.dtype)
         gram = square.at[at[:, None], at[None]].set(gram)
-    vectors = (moments.total, moments.magnitude, moments.largest, moments.scatter)
-    return Moments(count, *map(vector, vectors), gram[None, None])
+    names = ("total", "magnitude", "largest", "scatter")
+    vectors = {name: vector(getattr(moments, name)) for name in names}
+    return Moments(count=count, gram=gram[None, None], **vectors)
 
 
 def _alike(layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -173,8 +174,9 @@ def _together(cluster: list[list[Layer]]) -> list[Pool]:
         return [Pool(uses[0], tuple(map(Use, uses)))]
     for host in sorted(cluster, key=lambda uses: (-uses[0].index.shape[2], -uses[0].index.size)):
         index = host[0].index
-        placed = [(uses, _placed(uses[0].index, index)) for uses in cluster]
-        if all(found is not None for _, found in placed):
+        found = [(uses, _placed(uses[0].index, index)) for uses in cluster]
+        placed = [(uses, at) for uses, at in found if at is not None]
+        if len(placed) == len(found):
             return _split(host[0], placed)
     return []
 
