@@ -27,13 +27,32 @@ def exact_sum(x: Array, *, axes: tuple[int, ...]) -> Array:
     >>> print(exact_sum(jnp.array([1.0, 2.0, 4.5]), axes=(0,)))
     [7.5]
     """
+    total, down = _sum_in_units(x, axes)
+    return total * down
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def exact_mean(x: Array, count: Array, *, axes: tuple[int, ...]) -> Array:
+    """`exact_sum` over a count (float32, at least 1 is taken), also where the sum overflows.
+
+    >>> x = jnp.full(4, 3e38)
+    >>> print(exact_sum(x, axes=(0,)), exact_mean(x, jnp.float32(4), axes=(0,)))
+    [inf] [3.e+38]
+    """
+    total, down = _sum_in_units(x, axes)
+    # Under jit the count may be a constant, which XLA would fold with other constants.
+    return total * jax.lax.optimization_barrier(1.0 / jnp.maximum(count, 1.0)) * down
+
+
+def _sum_in_units(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    # the sum in units of a power of two, and that power; NaN where x is not finite
     top = jnp.max(x, axis=axes, keepdims=True, initial=0.0)
     known = jnp.all(jnp.isfinite(x), axis=axes, keepdims=True)
     up, down = unit_for(top)
     limbs = split_limbs(x, up)
     for axis in axes:
         limbs = _carried([jnp.sum(limb, axis=axis, keepdims=True) for limb in limbs])
-    return jnp.where(known, from_limbs(limbs) * down, jnp.nan)
+    return jnp.where(known, from_limbs(limbs), jnp.nan), down
 
 
 def unit_for(top: Array) -> tuple[Array, Array]:

@@ -46,7 +46,8 @@ class KMeans:
     def qparams(self, low: Array, high: Array, *, dtype: Any = jnp.float32) -> Codebook:
         """Evenly spaced levels from low to high, the one nearest to zero moved to zero."""
         low, high = (jnp.asarray(end, jnp.float32)[..., None] for end in (low, high))
-        return Codebook(_storable(_spread(low, high, 2**self.bits), dtype))
+        up, down = unit_for(jnp.maximum(-low, high))
+        return Codebook(_storable(_spread(low * up, high * up, 2**self.bits) * down, dtype))
 
     def fit(self, x: Array, *, axes: tuple[int, ...], where: Array | None, dtype: Any) -> Codebook:
         """Lloyd's algorithm on the blocks of a blocked view, from evenly spaced levels."""
@@ -128,9 +129,12 @@ def _storable(levels: Array, dtype: Any) -> Array:
 
 def _lloyd(row: Array, valid: Array, k: int, iterations: int) -> Array:
     """Centroids [k] of the valid numbers of a row [n]: sorted once, cluster sums by prefix sums."""
-    low = jnp.min(jnp.where(valid, row, 0.0), initial=0.0)
-    high = jnp.max(jnp.where(valid, row, 0.0), initial=0.0)
-    known = jnp.all(jnp.isfinite(jnp.where(valid, row, 0.0)))
+    row = jnp.where(valid, row, 0.0)
+    known = jnp.all(jnp.isfinite(row))
+    # In units of a power of two: differences of the largest numbers overflow.
+    unit, back = unit_for(jnp.max(jnp.abs(row), initial=0.0))
+    row = row * unit
+    low, high = jnp.min(row, initial=0.0), jnp.max(row, initial=0.0)
     count = jnp.sum(valid, dtype=jnp.int32)
     data = jnp.sort(jnp.where(valid, row, jnp.inf))
     # Prefix sums of integers above `low`: exact whatever the order. They wrap around at 2**32,
@@ -149,7 +153,7 @@ def _lloyd(row: Array, valid: Array, k: int, iterations: int) -> Array:
         return _with_zero(jnp.where(members > 0, mean, levels))
 
     levels = jax.lax.fori_loop(0, iterations, step, _spread(low[None], high[None], k))
-    return jnp.where(known, levels, jnp.nan)
+    return jnp.where(known, levels * back, jnp.nan)
 
 
 def k_means(bits: int, *, iterations: int = 100) -> KMeans:

@@ -87,9 +87,11 @@ def over_scale(x: Array, scale: Array) -> Array:
     """x / scale in float32, as x * (1 / scale).
 
     XLA may or may not turn the division by a broadcast array into this; so codes are the same in
-    every context.
+    every context. The inverse of a large scale would be subnormal, which XLA takes for zero: it is
+    that of a part of the scale, a power of two.
     """
-    return x.astype(jnp.float32) * (1.0 / scale)
+    part = jnp.where(scale > 2.0**100, jnp.float32(2.0**-32), jnp.float32(1.0))
+    return x.astype(jnp.float32) * (1.0 / (scale * part)) * part
 
 
 def uniform_codes(

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.formats.bits import signed
-from jaxcompress.formats.exact import exact_sum, power_of_two
+from jaxcompress.formats.exact import exact_mean, power_of_two
 from jaxcompress.formats.floating import E4M3
 from jaxcompress.formats.rounding import clip_ste, over_scale
 
@@ -171,8 +171,7 @@ class Float8Scale:
 
     def divide(self, x: Array, scale: Array) -> Array:
         """x / scale, float32; 0 where the scale is 0."""
-        inverse = jnp.where(scale == 0, jnp.zeros_like(scale), 1.0 / scale)
-        return x.astype(jnp.float32) * inverse
+        return jnp.where(scale == 0, jnp.zeros((), jnp.float32), over_scale(x, scale))
 
     def multiply(self, levels: Array, scale: Array) -> Array:
         """levels * scale, float32."""
@@ -206,7 +205,7 @@ class DoubledScale:
         """The stored scales of blocks whose largest magnitude is `span`."""
         del dtype
         scale = span.astype(jnp.float32).reshape(-1) * np.float32(1 / element.largest)
-        mean = exact_sum(scale, axes=(0,)) * np.float32(1 / max(scale.size, 1))
+        mean = exact_mean(scale, jnp.float32(scale.size), axes=(0,))
         centred = self._runs(scale - mean)
         step = shortened(absmax_scale(jnp.max(jnp.abs(centred), axis=1, initial=0.0), 127))
         code = clip_ste(jnp.round(over_scale(centred, step[:, None])), -127, 127)

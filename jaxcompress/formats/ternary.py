@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.formats.bits import TRIT
-from jaxcompress.formats.exact import exact_sum
+from jaxcompress.formats.exact import exact_mean
 from jaxcompress.formats.granularity import Granularity
-from jaxcompress.formats.rounding import Rounding, half_even, identity_ste
+from jaxcompress.formats.rounding import Rounding, half_even, identity_ste, over_scale
 from jaxcompress.formats.scales import finite
 
 _WHOLE = Granularity()
@@ -34,9 +34,7 @@ class TernaryScales(NamedTuple):
 def _mean_where(size: Array, chosen: Array, axes: tuple[int, ...]) -> Array:
     # mean of `size` where `chosen`; 0 where nothing is
     count = jnp.sum(chosen, axis=axes, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    total = exact_sum(jnp.where(chosen, size, 0.0), axes=axes)
-    # Under jit the count may be a constant, which XLA would fold with other constants.
-    return total * jax.lax.optimization_barrier(1.0 / jnp.maximum(count, 1.0))
+    return exact_mean(jnp.where(chosen, size, 0.0), count, axes=axes)
 
 
 def _as_float(x: Array, where: Array | None) -> tuple[Array, Array]:
@@ -119,7 +117,7 @@ class Ternary:
             cut = 0.5 * side if halfway else where.expand(qparams.threshold, x.shape)
             inside = jnp.abs(x) > cut
         elif halfway:
-            u = jnp.abs(x) * jnp.where(side > 0, 1.0 / side, 0.0)
+            u = jnp.where(side > 0, over_scale(jnp.abs(x), side), 0.0)
             inside = rounding(jnp.minimum(u, 1.0), key) > 0
         else:
             raise ValueError(f"{self.name} cuts at its own threshold: only half_even rounding")
@@ -215,7 +213,7 @@ class Binary:
     def _up(self, x, scale, rounding, key):
         if rounding is half_even:
             return x >= 0
-        u = x.astype(jnp.float32) * jnp.where(scale > 0, 1.0 / scale, 0.0)
+        u = jnp.where(scale > 0, over_scale(x, scale), 0.0)
         return rounding(jnp.clip(0.5 * u + 0.5, 0.0, 1.0), key) > 0
 
     def encode(

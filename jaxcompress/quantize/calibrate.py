@@ -17,9 +17,11 @@ class Calibrator(NamedTuple):
     Attributes:
       init: shape of the scales -> statistics, a pytree of arrays.
       update: (statistics, x, *, axes, where) -> statistics; x is a blocked view, `axes` are
-        reduced, `where` (bool or None) leaves padding out. Works under jit.
+        reduced, `where` (bool or None) leaves padding out. Blocks without an element stay as they
+        were. Works under jit.
       merge: two statistics of disjoint data -> those of all of it (shards, batches).
-      range: (statistics, format) -> (low, high), low <= 0 <= high; NaN where a number was not
+      range: (statistics, format) -> (low, high), low <= 0 <= high, both 0 only where all numbers
+        were (float32 below the smallest normal number counts as 0); NaN where a number was not
         finite or nothing was seen.
       of: (x, format, *, axes, where) -> (low, high) of an array in hand, where that can be done
         better than by statistics; None: by them.
@@ -49,7 +51,13 @@ def range_of(
     axes: tuple[int, ...],
     where: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The range (low, high) of the blocks of a blocked view, each of the shape of the scales."""
+    """The range (low, high) of the blocks of a blocked view, each of the shape of the scales.
+
+    Blocks without elements have the range 0: an array of no rows has nothing to cover.
+    """
+    if any(x.shape[a] == 0 for a in axes):
+        nothing = jnp.zeros([1 if a in axes else n for a, n in enumerate(x.shape)], jnp.float32)
+        return nothing, nothing
     if calibrate.of is not None:
         return calibrate.of(x, format, axes=axes, where=where)
     empty = calibrate.init(tuple(1 if a in axes else n for a, n in enumerate(x.shape)))
@@ -66,18 +74,18 @@ class MinMax(NamedTuple):
 
 
 def extremes(x: Array, *, axes: tuple[int, ...], where: Array | None = None) -> MinMax:
-    """The `MinMax` of a blocked view alone.
+    """The `MinMax` of a blocked view alone; `seen` where a block has an element.
 
     `jnp.max` may drop NaN on CPU, so finiteness is tested on its own.
     """
     x = x.astype(jnp.float32)
+    seen = jnp.ones((1,) * x.ndim, bool) if where is None else where
     x = x if where is None else jnp.where(where, x, 0.0)
-    finite = jnp.all(jnp.isfinite(x), axis=axes, keepdims=True)
     return MinMax(
         jnp.min(x, axis=axes, keepdims=True, initial=0.0),
         jnp.max(x, axis=axes, keepdims=True, initial=0.0),
-        finite,
-        jnp.ones_like(finite),
+        jnp.all(jnp.isfinite(x), axis=axes, keepdims=True),
+        jnp.any(jnp.broadcast_to(seen, x.shape), axis=axes, keepdims=True),
     )
 
 
@@ -139,6 +147,17 @@ def known(value: Array, state: Any) -> Array:
     return jnp.where(state.finite & state.seen, value, jnp.nan)
 
 
+def cut_range(low: Array, high: Array, state: Any) -> tuple[Array, Array]:
+    """A range that a rule has cut out of the whole one, `known`; the whole one where it is 0.
+
+    A rule may find that 0 alone is worth covering (a percentile of mostly zeros): the other
+    numbers would have a scale that has nothing to do with them.
+    """
+    nothing = (low == 0) & (high == 0)
+    low, high = jnp.where(nothing, state.low, low), jnp.where(nothing, state.high, high)
+    return known(low, state), known(high, state)
+
+
 class MovingAverage(NamedTuple):
     """Averages of the extremes of the batches so far."""
 
@@ -168,13 +187,17 @@ def moving_average(decay: float = 0.99) -> Calibrator:
 
     def update(state, x, *, axes, where=None):
         new = extremes(x, axes=axes, where=where)
-        mix = lambda old, now: jnp.where(state.seen, decay * old + (1 - decay) * now, now)
+
+        def mix(old, now):
+            mean = jnp.where(state.seen, decay * old + (1 - decay) * now, now)
+            return jnp.where(new.seen, mean, old)
+
         return MovingAverage(
             mix(state.low, new.low),
             mix(state.high, new.high),
             state.finite & new.finite,
-            new.seen,
-            state.batches + 1,
+            state.seen | new.seen,
+            state.batches + new.seen.astype(jnp.int32),
         )
 
     def merge(a, b):

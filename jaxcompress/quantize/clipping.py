@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.formats import FixedPoint, Format, Integer
-from jaxcompress.formats.exact import exact_sum
+from jaxcompress.formats.exact import exact_sum, unit_for
 from jaxcompress.formats.granularity import block_rows
 from jaxcompress.quantize import histogram
-from jaxcompress.quantize.calibrate import Calibrator, extremes, known
+from jaxcompress.quantize.calibrate import Calibrator, cut_range, extremes
 
 # (x, weight, low, high, format, axes) -> (low, high); weight None counts every number once
 Solve = Callable[..., tuple[Array, Array]]
@@ -32,16 +32,28 @@ def _from_points(name: str, solve: Solve) -> Calibrator:
         points, weight = histogram.centres(state), state.counts.astype(jnp.float32)
         points = jnp.clip(points, low, high)
         low, high = solve(points, weight, low, high, format, axes=(points.ndim - 1,))
-        return known(low[..., 0], state), known(high[..., 0], state)
+        return cut_range(low[..., 0], high[..., 0], state)
 
     def of(x, format, *, axes, where=None):
         x = x.astype(jnp.float32)
         state = extremes(x, axes=axes, where=where)
         weight = None if where is None else jnp.broadcast_to(where, x.shape).astype(jnp.float32)
         low, high = solve(x, weight, state.low, state.high, format, axes=axes)
-        return known(low, state), known(high, state)
+        return cut_range(low, high, state)
 
     return Calibrator(histogram.empty, histogram.update, histogram.merge, limits, of)
+
+
+def _least_error(x, weight, low, high, format, *, axes, up):
+    # (low, high) [candidates, *scale shape] -> of each block the candidate with the least sum of
+    # squared errors of the format, and that sum; errors are in units of 1 / up
+    def error(ends):
+        squared = ((x - format.fake_quant(x, format.qparams(*ends))) * up) ** 2
+        squared = squared if weight is None else weight * squared
+        return jnp.sum(squared, axis=axes, keepdims=True)
+
+    errors = jax.lax.map(error, (low, high))
+    return jnp.argmin(errors, axis=0), jnp.min(errors, axis=0)
 
 
 def _cut(low: Array, high: Array, c: Array, format: Format) -> tuple[Array, Array]:
@@ -54,6 +66,7 @@ def percentile(percent: float = 99.99) -> Calibrator:
     """The smallest range that holds `percent` of the numbers at either end.
 
     Symmetric formats: of the magnitudes. Others: of the numbers above and, on their own, below.
+    Where so many numbers are 0 that the range would be 0, it is the whole one.
     100 is min-max. Streaming takes the end of a histogram bin (2048 per side, powers of two wide).
 
     Raises:
@@ -80,7 +93,7 @@ def percentile(percent: float = 99.99) -> Calibrator:
         else:
             high = jnp.maximum(_ranked(x, where, count, percent, axes), 0.0)
             low = -jnp.maximum(_ranked(-x, where, count, percent, axes), 0.0)
-        return known(low, state), known(high, state)
+        return cut_range(low, high, state)
 
     def limits(state, format=None):
         counts = state.counts
@@ -94,7 +107,7 @@ def percentile(percent: float = 99.99) -> Calibrator:
             high = jnp.clip(_bin_end(state, counts, percent), 0.0, state.high)
             flipped = _bin_end(state, jnp.flip(counts, -1), percent)
             low = -jnp.clip(flipped, 0.0, -state.low)
-        return known(low, state), known(high, state)
+        return cut_range(low, high, state)
 
     return Calibrator(histogram.empty, histogram.update, histogram.merge, limits, of)
 
@@ -121,9 +134,8 @@ def _bin_end(state: Any, counts: Array, percent: float) -> Array:
     if percent == 100:
         last = jnp.arange(counts.shape[-1], dtype=jnp.int32)
         index = jnp.max(jnp.where(counts > 0, last.reshape((1,) * state.low.ndim + (-1,)), 0), -1)
-    ends = histogram.edges(state)
-    width = jnp.ldexp(jnp.float32(1 / histogram.BINS), state.exponent)
-    return jnp.take_along_axis(ends, index[..., None], axis=-1)[..., 0] + width
+    end = (index - (histogram.BINS - 1)).astype(jnp.float32)
+    return histogram.in_bins(end, state.exponent)
 
 
 _COARSE = tuple(0.9**k for k in range(40))  # 1 down to 0.016
@@ -138,18 +150,13 @@ def mse() -> Calibrator:
     """
 
     def solve(x, weight, low, high, format, *, axes):
-        squared = lambda q: (x - q) ** 2 if weight is None else weight * (x - q) ** 2
-
-        def error(share):
-            qparams = format.qparams(low * share, high * share)
-            return jnp.sum(squared(format.fake_quant(x, qparams)), axis=axes, keepdims=True)
+        up, _ = unit_for(jnp.maximum(-low, high))  # squares would overflow, or vanish
 
         def search(shares, best):
             shares = jnp.broadcast_to(shares, (shares.shape[0], *low.shape))
-            errors = jax.lax.map(error, shares)
-            index = jnp.argmin(errors, axis=0)[None]
-            found = jnp.take_along_axis(shares, index, axis=0)[0]
-            least = jnp.take_along_axis(errors, index, axis=0)[0]
+            ends = low[None] * shares, high[None] * shares
+            index, least = _least_error(x, weight, *ends, format, axes=axes, up=up)
+            found = jnp.take_along_axis(shares, index[None], axis=0)[0]
             if best is None:
                 return found, least
             return jnp.where(least < best[1], found, best[0]), jnp.minimum(least, best[1])
@@ -165,8 +172,11 @@ def mse() -> Calibrator:
 def octav(*, iterations: int = 20) -> Calibrator:
     """The clipping level with the least mean squared error of a uniform grid, by Newton's method.
 
-    c <- E[|x| 1(|x| > c)] / (k E[1(0 < |x| <= c)] + E[1(|x| > c)]), k = 4**-b / 3; where all
-    numbers are positive and the format is asymmetric, k = 4**-b / 12.
+    c <- E[|x| 1(|x| >= c)] / (k E[1(0 < |x| < c)] + E[1(|x| >= c)]), k = 4**-b / 3; where all
+    numbers have one sign and the format is asymmetric, k = 4**-b / 12. Numbers at the level itself
+    have no error, so they count as beyond it (the paper has them below, and swings between 0 and
+    the magnitude that all numbers share). Few numbers may still end in a circle: of its last two
+    levels and the whole range, the one with the least squared error is taken.
     Source: Sakr et al. 2022, Optimal Clipping and Magnitude-aware Differentiation for Improved
     Quantization-aware Training, arXiv 2206.06501.
 
@@ -177,11 +187,13 @@ def octav(*, iterations: int = 20) -> Calibrator:
     def solve(x, weight, low, high, format, *, axes):
         if not isinstance(format, Integer | FixedPoint):
             raise ValueError(f"octav: {format.name} is no uniform grid; use mse")
-        size = jnp.abs(x)
-        noise = 1 / (3.0 * 4.0**format.bits)
-        noise = jnp.full(low.shape, noise, jnp.float32)
+        noise = jnp.full(low.shape, 1 / (3.0 * 4.0**format.bits), jnp.float32)
         if not format.symmetric:
-            noise = jnp.where(low < 0, noise, 0.25 * noise)
+            noise = jnp.where((low < 0) & (high > 0), noise, 0.25 * noise)
+        span = jnp.maximum(-low, high)
+        # In units of a power of two: sums of the largest numbers overflow.
+        up, down = unit_for(span)
+        size, top = jnp.abs(x) * up, span * up
 
         def count(chosen):
             if weight is None:
@@ -189,18 +201,23 @@ def octav(*, iterations: int = 20) -> Calibrator:
                 return total.astype(jnp.float32)
             return jnp.sum(jnp.where(chosen, weight, 0.0), axis=axes, keepdims=True)
 
-        def step(_, c):
-            above = size > c
+        def step(_, levels):
+            c, _ = levels
+            above = (size > 0) & (size >= c)
             far = jnp.where(above, size, 0.0)
             if weight is None:
                 total = exact_sum(far, axes=axes)
             else:
                 total = jnp.sum(far * weight, axis=axes, keepdims=True)
-            below = (size > 0) & ~above
-            return total / jnp.maximum(noise * count(below) + count(above), 1e-30)
+            within = noise * count((size > 0) & ~above) + count(above)
+            return jnp.minimum(total / jnp.maximum(within, 1e-30), top), c
 
-        c = jax.lax.fori_loop(0, iterations, step, jnp.zeros(low.shape, jnp.float32))
-        return _cut(low, high, jnp.minimum(c, jnp.maximum(-low, high)), format)
+        start = (jnp.zeros(low.shape, jnp.float32), top)
+        levels = jnp.stack([top, *jax.lax.fori_loop(0, iterations, step, start)])
+        low, high = _cut(low[None], high[None], levels * down[None], format)
+        index, _ = _least_error(x, weight, low, high, format, axes=axes, up=up)
+        pick = lambda ends: jnp.take_along_axis(ends, index[None], axis=0)[0]
+        return pick(low), pick(high)
 
     return _from_points("octav", solve)
 
@@ -223,11 +240,9 @@ def kl(*, candidates: int = 128) -> Calibrator:
         rows = size.reshape(-1, histogram.BINS)
         sides = jnp.where(one_sided, levels, levels // 2).reshape(-1)
         best = jax.lax.map(lambda row: _least_kl(row[0], row[1], candidates), (rows, sides))
-        width = jnp.ldexp(jnp.float32(1 / histogram.BINS), state.exponent)
-        c = best.reshape(state.low.shape).astype(jnp.float32) * width
+        c = histogram.in_bins(best.reshape(state.low.shape).astype(jnp.float32), state.exponent)
         c = jnp.minimum(c, jnp.maximum(-state.low, state.high))
-        low, high = _cut(state.low, state.high, c, format)
-        return known(low, state), known(high, state)
+        return cut_range(*_cut(state.low, state.high, c, format), state)
 
     return Calibrator(histogram.empty, histogram.update, histogram.merge, limits)
 

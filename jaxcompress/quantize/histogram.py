@@ -62,7 +62,7 @@ def update(state: Histogram, x: Array, *, axes: tuple[int, ...], where=None) -> 
         jnp.minimum(state.low, low),
         jnp.maximum(state.high, high),
         state.finite & new.finite,
-        jnp.ones_like(state.seen),
+        state.seen | new.seen,
     )
 
 
@@ -104,15 +104,23 @@ def merge(a: Histogram, b: Histogram) -> Histogram:
 
 def edges(state: Histogram) -> Array:
     """Lower ends of the bins, float32 [*scale shape, 2 * BINS]."""
-    bins = (jnp.arange(2 * BINS, dtype=jnp.float32) - BINS) * (1 / BINS)
-    shape = (1,) * state.exponent.ndim + (-1,)
-    return jnp.ldexp(jnp.broadcast_to(bins.reshape(shape), state.counts.shape), _last(state))
+    return _all_bins(state, 0.0)
 
 
 def centres(state: Histogram) -> Array:
     """Middles of the bins, float32 [*scale shape, 2 * BINS]."""
-    return edges(state) + jnp.ldexp(jnp.float32(0.5 / BINS), _last(state))
+    return _all_bins(state, 0.5)
 
 
-def _last(state: Histogram) -> Array:
-    return state.exponent[..., None]
+def _all_bins(state: Histogram, part: float) -> Array:
+    bins = jnp.arange(2 * BINS, dtype=jnp.float32) - (BINS - part)
+    bins = jnp.broadcast_to(bins.reshape((1,) * state.exponent.ndim + (-1,)), state.counts.shape)
+    return in_bins(bins, state.exponent[..., None])
+
+
+def in_bins(bins: Array, exponent: Array) -> Array:
+    """bins * 2**exponent / BINS, float32: numbers so many bins from zero.
+
+    In one step: the width of a bin alone may be too small for a float32.
+    """
+    return jnp.ldexp(bins * (1 / BINS), exponent)

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.formats import Granularity
+from jaxcompress.formats.exact import unit_for
 from jaxcompress.formats.integer import Integer
 from jaxcompress.quantize.ptq.spec import Rules, plan
 
@@ -73,6 +74,9 @@ def _half_quadratic(
     low, high = (jnp.float32(bound) for bound in format.bounds)
     axes, valid = where.reduce_axes(w.shape), where.valid(w.shape)
     x = where.split(w).astype(jnp.float32)
+    # In units of a power of two: sums of the largest numbers overflow.
+    up, down = unit_for(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0))
+    x = x * up
     valid = jnp.ones((1,) * x.ndim, bool) if valid is None else valid
     total = lambda v: jnp.sum(jnp.where(valid, v, 0.0), axis=axes, keepdims=True)
     count = total(jnp.ones_like(x))
@@ -101,10 +105,10 @@ def _half_quadratic(
         return scale, zero, best, jnp.where(better, now, least)
 
     symmetric = isinstance(qparams.zero_point, tuple)
-    scale = qparams.scale
+    scale = qparams.scale * up
     zero = jnp.zeros_like(scale) if symmetric else qparams.zero_point.astype(jnp.float32)
     start = (scale, zero, (scale, zero), loss(scale, zero))
     _, _, (scale, zero), _ = lax.fori_loop(0, steps, step, start)
     return qparams._replace(
-        scale=scale, zero_point=() if symmetric else jnp.round(zero).astype(jnp.uint8)
+        scale=scale * down, zero_point=() if symmetric else jnp.round(zero).astype(jnp.uint8)
     )

@@ -106,6 +106,7 @@ def a2q(
     def init(w):
         refuse_non_finite("an array to quantize", w)
         norm, axes = norm_of(w), where.reduce_axes(w.shape)
+        refuse_non_finite("the l1 norm of a channel's weights, in float32,", norm)
         size = jnp.max(jnp.abs(w.astype(jnp.float32)), axis=axes, keepdims=True, initial=0.0)
         codes = jnp.maximum(jnp.asarray(largest, jnp.float32), 1.0)
         step = jnp.maximum(size / codes, norm / limit(w)) * (1.0 + np.float32(2.0**-22))

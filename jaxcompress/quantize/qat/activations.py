@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState
@@ -60,10 +61,13 @@ def _nothing(calibrate: Calibrator, shape: tuple[int, ...]) -> Moments:
 def _see(calibrate: Calibrator, x: Array, old: Moments) -> Moments:
     axes = tuple(range(x.ndim))
     ranges = calibrate.update(old.ranges, x, axes=axes, where=None)
-    size = jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / max(x.size, 1)
-    batches = old.batches + 1
-    # every batch counts the same: mean <- mean + (new - mean) / batches
-    mean = old.mean_size + (size - old.mean_size) / batches.astype(jnp.float32)
+    # Divided first: a sum of the largest numbers overflows.
+    share = jnp.abs(x.astype(jnp.float32)) * np.float32(1 / max(x.size, 1))
+    size = jnp.sum(share, axis=axes, keepdims=True)
+    batches = old.batches + (1 if x.size else 0)
+    # every batch with elements counts the same: mean <- mean + (new - mean) / batches
+    mean = old.mean_size + (size - old.mean_size) / jnp.maximum(batches, 1).astype(jnp.float32)
+    mean = mean if x.size else old.mean_size
     return Moments(ranges, mean, batches)
 
 
@@ -118,7 +122,9 @@ def learned_activations(
         learned, buffers = {}, {}
         for name, seen in moments.items():
             signed = seen.ranges.low < 0
-            refuse_non_finite(f"activations of {name!r}", mean_size(seen))
+            refuse_non_finite(
+                f"activations of {name!r} must have been observed, and", mean_size(seen)
+            )
             learned[name] = rule_at(name).start(seen, signed)
             buffers[name] = LearnedRange(signed, kept[name])
         return CompressState(learned, buffers)

@@ -12,7 +12,7 @@ from jax import Array
 from jaxcompress.core.compressor import Compressor, CompressState, per_leaf
 from jaxcompress.core.packed import fake_quantize, quantize
 from jaxcompress.formats import Granularity, Integer, QParams, granularity_for, integer
-from jaxcompress.formats.exact import exact_sum
+from jaxcompress.formats.exact import exact_mean, unit_for
 from jaxcompress.formats.scales import smallest_scale
 from jaxcompress.quantize.calibrate import Calibrator, check_calibrator, refuse_non_finite
 from jaxcompress.quantize.qat.gradients import positive, scale_gradient, step_gradient_factor
@@ -148,16 +148,16 @@ def mean_size_step(w: Array, where: Granularity, largest: Array) -> Array:
     """2 mean|w| / sqrt(Q_P) of each block's numbers that are not zero; 1 where all are zero."""
     size, axes = jnp.abs(_blocked(w, where)), where.reduce_axes(w.shape)
     count = jnp.sum(size != 0, axis=axes, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    total = exact_sum(size, axes=axes)
-    # No mean is above the largest, but the sum may be above all floats.
-    top = jnp.max(size, axis=axes, keepdims=True, initial=0.0)
-    mean = jnp.minimum(total / jnp.maximum(count, 1.0), top)
+    mean = exact_mean(size, count, axes=axes)
     step = jnp.minimum(mean * (2.0 * jax.lax.rsqrt(largest)), float(jnp.finfo(jnp.float32).max))
     return jnp.where(count == 0, jnp.ones_like(step), step)
 
 
 def three_sigma_step(w: Array, where: Granularity, largest: Array) -> Array:
-    """max(|mean - 3 sigma|, |mean + 3 sigma|) / (Q_P + 1) of each block; 1 where it is zero."""
+    """max(|mean - 3 sigma|, |mean + 3 sigma|) / (Q_P + 1) of each block; 1 where it is zero.
+
+    Over Q_P where all numbers are equal: the grid then holds them.
+    """
     x, axes = _blocked(w, where), where.reduce_axes(w.shape)
     blocks = math.prod(where.scale_shape(w.shape))
     valid = where.valid(w.shape)
@@ -165,13 +165,22 @@ def three_sigma_step(w: Array, where: Granularity, largest: Array) -> Array:
     if valid is not None:
         kept = jnp.broadcast_to(valid, x.shape)
         count = jnp.sum(kept, axis=axes, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    above = exact_sum(jnp.maximum(x, 0.0), axes=axes)
-    below = exact_sum(jnp.maximum(-x, 0.0), axes=axes)
-    mean = (above - below) / count
+    # In units of a power of two: sums and squares of the largest numbers overflow.
+    low, high = (end(x, axis=axes, keepdims=True, initial=0.0) for end in (jnp.min, jnp.max))
+    up, down = unit_for(jnp.maximum(-low, high))
+    x = x * up
+    above = exact_mean(jnp.maximum(x, 0.0), count, axes=axes)
+    below = exact_mean(jnp.maximum(-x, 0.0), count, axes=axes)
+    mean = above - below
     spread = jnp.square(x - mean)
     spread = spread if valid is None else jnp.where(valid, spread, 0.0)
-    sigma = jnp.sqrt(exact_sum(spread, axes=axes) / count)
-    step = (jnp.abs(mean) + np.float32(3.0) * sigma) / (largest + 1.0)
+    sigma = jnp.sqrt(exact_mean(spread, count, axes=axes))
+    # Equal numbers have no sigma, and the grid may have a code less above zero than below.
+    inside = jnp.ones((1,) * x.ndim, bool) if valid is None else valid
+    least = jnp.min(jnp.where(inside, x, jnp.inf), axis=axes, keepdims=True, initial=jnp.inf)
+    most = jnp.max(jnp.where(inside, x, -jnp.inf), axis=axes, keepdims=True, initial=-jnp.inf)
+    codes = jnp.where(least == most, largest, largest + 1.0)
+    step = (jnp.abs(mean) + np.float32(3.0) * sigma) / codes * down
     return jnp.where(step == 0, jnp.ones_like(step), step)
 
 
