@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.compressor import CompressState, holds
 from jaxcompress.core.packed import Grid
 from jaxcompress.core.paths import match_rules
+from jaxcompress.formats.exact import unit_for
 from jaxcompress.graph import trace, walk
 from jaxcompress.quantize.activations import (
     ActivationQuantizer,
@@ -61,9 +61,10 @@ def _nothing(calibrate: Calibrator, shape: tuple[int, ...]) -> Moments:
 def _see(calibrate: Calibrator, x: Array, old: Moments) -> Moments:
     axes = tuple(range(x.ndim))
     ranges = calibrate.update(old.ranges, x, axes=axes, where=None)
-    # Divided first: a sum of the largest numbers overflows.
-    share = jnp.abs(x.astype(jnp.float32)) * np.float32(1 / max(x.size, 1))
-    size = jnp.sum(share, axis=axes, keepdims=True)
+    x = jnp.abs(x.astype(jnp.float32))
+    # In units of a power of two: a sum of the largest numbers overflows.
+    up, down = unit_for(jnp.max(x, axis=axes, keepdims=True, initial=0.0))
+    size = jnp.sum(x * up, axis=axes, keepdims=True) / max(x.size, 1) * down
     batches = old.batches + (1 if x.size else 0)
     # every batch with elements counts the same: mean <- mean + (new - mean) / batches
     mean = old.mean_size + (size - old.mean_size) / jnp.maximum(batches, 1).astype(jnp.float32)
@@ -122,9 +123,11 @@ def learned_activations(
         learned, buffers = {}, {}
         for name, seen in moments.items():
             signed = seen.ranges.low < 0
-            refuse_non_finite(
-                f"activations of {name!r} must have been observed, and", mean_size(seen)
-            )
+            if not holds(lambda seen: seen, seen.ranges.seen):
+                raise ValueError(
+                    f"activations of {name!r} must have been observed: inputs are empty"
+                )
+            refuse_non_finite(f"activations of {name!r}", mean_size(seen))
             learned[name] = rule_at(name).start(seen, signed)
             buffers[name] = LearnedRange(signed, kept[name])
         return CompressState(learned, buffers)

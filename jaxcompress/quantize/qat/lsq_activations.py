@@ -89,11 +89,11 @@ def _lsq_rule(bits: Any, calibrate: Calibrator | None) -> Rule:
     def start(moments, signed):
         top = largest_code(format, signed)
         if calibrate is None:
-            step = 2.0 * mean_size(moments) * jax.lax.rsqrt(top)
+            step = mean_size(moments) * (2.0 * jax.lax.rsqrt(top))
         else:
             low, high = calibrate.range(moments.ranges, format)
             step = jnp.maximum(jnp.where(signed, -low / (top + 1.0), 0.0), high / top)
-        return LearnedStep(jnp.where(step == 0, jnp.ones_like(step), step))
+        return LearnedStep(jnp.where(mean_size(moments) == 0, jnp.ones_like(step), step))
 
     def qparams(learned, signed):
         return QParams(positive(learned.step, smallest), zero_point(format, signed))
