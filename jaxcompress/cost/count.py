@@ -175,7 +175,7 @@ def load(
         op=op_class(site),
         macs=site.macs * kernel.times,
         calls=kernel.times,
-        weight_dtype=types.operand(site, operand)[0] if leaf is None else leaf.dtype,
+        weight_dtype=_weight_dtype(site, operand, types, leaf),
         activation_dtype=types.operand(site, 1 - operand)[0],
         pattern=kept,
         density=1.0 if leaf is None else leaf.density,
@@ -187,6 +187,14 @@ def load(
         patches=site.macs * kernel.times // max(_meets(site), 1),
         inputs=channels(site)[0],
     )
+
+
+def _weight_dtype(site: Site, operand: int, types: ActivationTypes, leaf: Stored | None) -> str:
+    # As it is stored; integers that the floats they meet do not hold are converted to them.
+    computed = types.operand(site, operand)[0]
+    stored = computed if leaf is None else leaf.dtype
+    widened = dtypes.kind(computed).family == "float" and dtypes.kind(stored).family == "int"
+    return computed if widened and not dtypes.holds(computed, stored) else stored
 
 
 def _meets(site: Site) -> int:

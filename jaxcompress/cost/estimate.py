@@ -19,9 +19,10 @@ from jaxcompress.cost.memory import Arena, arena
 from jaxcompress.cost.operations import Work
 from jaxcompress.cost.result import CALL, OTHER, Cost, LayerCost
 from jaxcompress.cost.types import ActivationTypes
-from jaxcompress.graph import Site
-from jaxcompress.graph.inline import Inlined, Trips, inline
+from jaxcompress.graph import Site, compat
+from jaxcompress.graph.inline import END, LOOP, Inlined, Trips, inline
 from jaxcompress.graph.trace import Program, trace_program
+from jaxcompress.graph.unentered import report
 
 
 def estimate(
@@ -39,7 +40,8 @@ def estimate(
     `unpack(params)` gives. Stored bits and zeros are looked up by the path of the parameter that
     feeds a contraction. Loops count with their trips, of a conditional the heavier branch; what
     no result needs is left out, and what no input reaches is taken as computed beforehand. Any
-    function can be costed, a gradient or a whole training step too.
+    function can be costed, a gradient or a whole training step too. Contractions inside what cannot
+    be looked into (kernels, callbacks) are not counted: a warning and a note name them.
 
     Args:
       apply_fn: pure function of the unpacked parameters and the inputs.
@@ -72,6 +74,7 @@ def estimate(
         trips=trips,
         fusion=fusion,
     )
+    report(_beyond(seen.program, seen.flat))
     spec, rows = seen.device, _rows(seen)
     layers = [row.layer for row in rows]
     if spec.call is not None:
@@ -331,9 +334,18 @@ def _notes(seen: Analysis, inputs: Any, rows: list[_Row]) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _beyond(program: Program, flat: Inlined) -> list[str]:
+    """What is not among the operations either; bodies for each device are."""
+    open_ones = {*compat.CONTRACTIONS, LOOP, END}
+    shut = {op.place for op in flat.ops if op.primitive not in open_ones}
+    inside = lambda place: any(place[:depth] in shut for depth in range(1, len(place) + 1))
+    return list(dict.fromkeys(text for place, text in program.beyond.items() if inside(place)))
+
+
 def _listed(program: Program, flat: Inlined, rows: list[_Row]) -> list[tuple[str, list[str]]]:
     unruled = sorted({name for row in rows for name in row.unruled})
     return [
+        ("not looked into, its contractions are not counted", _beyond(program, flat)),
         ("loops of unknown length, counted as one pass", list(flat.assumed_trips)),
         ("no rule for these primitives, one operation per element assumed", unruled),
         (

@@ -81,7 +81,11 @@ def _rows(device: Device, load: Load) -> list[Rate]:
         if dtypes.holds(rate.weight, load.weight_dtype)
         and dtypes.holds(rate.activation, load.activation_dtype)
     ]
-    for rows in (exact, wider):
+    # Integers too wide for all of them are computed as floats.
+    types, floats = (load.weight_dtype, load.activation_dtype), ("float32", "float32")
+    whole = all(dtypes.kind(name).family == "int" for name in types)
+    as_floats = [r for r in usable if whole and (r.weight, r.activation) == floats]
+    for rows in (exact, wider, as_floats):
         for op in (load.op, "conv") if load.op == "pointwise" else (load.op,):
             same_op = [rate for rate in rows if rate.op == op]
             if same_op:

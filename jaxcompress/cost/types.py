@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxcompress.core.paths import near_misses
@@ -49,8 +50,15 @@ class ActivationTypes:
         return self.named.get(tap, self.named.get(site.name, self.every))
 
     def operand(self, site: Site, operand: int) -> tuple[str, int]:
-        """Type and bits of an operand of a contraction."""
-        return _type_of(self._given(site, operand), site.operands[operand].dtype)
+        """Type and bits of an operand of a contraction.
+
+        Integers (positions, masks) are on no grid; where they meet floats they are converted.
+        """
+        own, other = site.operands[operand].dtype, site.operands[1 - operand].dtype
+        if jnp.issubdtype(own, jnp.inexact):
+            return _type_of(self._given(site, operand), own)
+        with jax.numpy_dtype_promotion("standard"):
+            return dtypes.of_array(jnp.promote_types(own, other))
 
     def value(self, number: int) -> tuple[str, int]:
         """Type and bits of an array in memory."""

@@ -3,6 +3,7 @@
 from jaxcompress.graph.axes import Axes, Group, axes
 from jaxcompress.graph.sites import Graph, Site, Tap
 from jaxcompress.graph.trace import trace
+from jaxcompress.graph.unentered import Unentered
 from jaxcompress.graph.walk import walk
 
-__all__ = ["Axes", "Graph", "Group", "Site", "Tap", "axes", "trace", "walk"]
+__all__ = ["Axes", "Graph", "Group", "Site", "Tap", "Unentered", "axes", "trace", "walk"]

@@ -25,6 +25,7 @@ from jaxcompress.graph.capture import (
     warn_of_unseen,
 )
 from jaxcompress.graph.matrices import Layer, Layers
+from jaxcompress.graph.unentered import report
 from jaxcompress.graph.uses import Pool, pools
 
 Progress = Callable[[Iterable], Iterable]
@@ -59,6 +60,8 @@ def match_layers(
       rules: regex -> anything; the first match wins.
       name: what the rules are called in a message.
 
+    Warns of contractions that could not be looked into.
+
     Raises:
       ValueError: a rule that matches nothing; no layer that a rule takes.
     """
@@ -67,7 +70,9 @@ def match_layers(
     chosen = tuple(layer for layer in found.layers if layer.path in taken)
     if not chosen:
         names = [layer.path for layer in found.layers] or sorted(found.refused)
-        raise ValueError(f"{name}: its rules take the weight of no layer; layers: {names}")
+        beyond = f"; not looked into: {'; '.join(found.unentered)}" if found.unentered else ""
+        raise ValueError(f"{name}: its rules take the weight of no layer; layers: {names}{beyond}")
+    report(found.unentered)
     left = ", ".join(sorted(set(taken) - {layer.path for layer in chosen}))
     refused = "; ".join(f"{site}: {why}" for site, why in found.refused.items())
     found_pools = pools(chosen, found.readers)

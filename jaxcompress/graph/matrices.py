@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcompress.graph import compat
-from jaxcompress.graph.products import members, numbers_at
+from jaxcompress.graph.products import members, numbers_at, row_taken
 from jaxcompress.graph.sites import Site, Tap
 from jaxcompress.graph.trace import Program, trace_program
 from jaxcompress.graph.views import Reader, views_and_readers
@@ -60,11 +60,13 @@ class Layers(NamedTuple):
       layers: in order of execution.
       refused: name of a site with a weight -> why its weight is no view of one leaf.
       readers: what else reads leaves: lookups, arithmetic, results.
+      unentered: contractions that could not be looked into, as `Graph.unentered`.
     """
 
     layers: tuple[Layer, ...]
     refused: dict[str, str]
     readers: tuple[Reader, ...] = ()
+    unentered: tuple[str, ...] = ()
 
 
 def layers(fn: Callable[..., Any], params: Any, *inputs: Any) -> Layers:
@@ -100,7 +102,7 @@ def layers_of(program: Program) -> Layers:
     for place in seen.keys() - entered:
         view, site = seen[place], program.contractions[place]
         readers.append(Reader(view.path, f"{site.primitive} of {site.name!r}", view.index))
-    return Layers(tuple(found), refused, tuple(readers))
+    return Layers(tuple(found), refused, tuple(readers), program.graph.unentered)
 
 
 def _refusal(site: Site) -> str:
@@ -184,6 +186,17 @@ def reached(tap: Tap, x: Array) -> Array | None:
     inside = members(found, x.shape, tap.sizes)
     batch = len(found.batch[0])
     return inside.reshape(math.prod(inside.shape[: 1 + batch]), -1)
+
+
+def taken(tap: Tap, x: Array) -> Array | None:
+    """Which elements of an activation operand count, bool of its shape; None: all.
+
+    The rows of a ragged product that lie behind its last part meet nothing.
+    """
+    site = tap.site
+    if site.primitive != compat.RAGGED or not (found := numbers_at(site)).parts or tap.operand:
+        return None
+    return jnp.broadcast_to(row_taken(found, x.shape, tap.sizes), x.shape)
 
 
 def _patches(x: Array, site: Site) -> Array:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxcompress.graph import compat
@@ -43,7 +44,8 @@ class Numbers(NamedTuple):
     @property
     def prefix(self) -> tuple[int, ...]:
         """Axes of the left operand in front of the ragged one, which have group sizes apart."""
-        return (*self.batch[0], *self.free[0][: self.free[0].index(self.ragged)])
+        among = self.contracted[0] if self.parts == "summed" else self.free[0]
+        return (*self.batch[0], *among[: among.index(self.ragged)])
 
 
 def numbers(primitive: str, config: Mapping[str, Any], ranks: Sequence[int]) -> Numbers:
@@ -100,6 +102,16 @@ def members(found: Numbers, shape: Sequence[int], sizes: Array) -> Array:
     behind = found.free[0][len(prefix) - len(found.batch[0]) + 1 :]
     sized = inside.reshape(*inside.shape, *(1,) * len(behind))
     return jnp.broadcast_to(sized, (*inside.shape, *(shape[axis] for axis in behind)))
+
+
+def row_taken(found: Numbers, shape: Sequence[int], sizes: Array) -> Array:
+    """Which elements of the left operand lie in any part, bool broadcastable to its shape."""
+    lead = tuple(shape[axis] for axis in found.prefix)
+    ends = jnp.sum(jnp.broadcast_to(sizes, (*lead, sizes.shape[-1])), axis=-1, keepdims=True)
+    inside = jnp.arange(shape[found.ragged], dtype=ends.dtype).reshape(*(1,) * len(lead), -1) < ends
+    where = (*found.prefix, found.ragged)
+    inside = jnp.transpose(inside, np.argsort(where))
+    return inside.reshape([n if axis in where else 1 for axis, n in enumerate(shape)])
 
 
 def multiply_accumulates(eqn: Any) -> int:

@@ -95,7 +95,8 @@ class Graph:
       unused: parameter leaves that feed no site as a weight: biases, norms, embeddings.
       unknown_trips: names of the sites inside a `while`, whose `calls` is a lower bound.
       unentered: contractions, or calls that may hold some, which `walk` cannot reach: "primitive
-        at 'name stack': name". They are not among `sites`, so their MACs are not counted.
+        at 'name stack': leaves". They are not among `sites`, so their MACs are not counted; passes
+        that go by sites warn of them (`unentered.report`).
     """
 
     sites: tuple[Site, ...]

@@ -23,6 +23,7 @@ class Program(NamedTuple):
       places: the taps of the equation at each place, a path of equation and body numbers.
       unreachable: name of a site that `walk` cannot reach -> where it is.
       contractions: the `Site` at each place, those out of reach and folds included.
+      beyond: what is out of reach, at each place, as in `Graph.unentered`.
       found: the origins of all values.
     """
 
@@ -31,6 +32,7 @@ class Program(NamedTuple):
     places: dict[Place, tuple[Tap, ...]]
     unreachable: dict[str, str]
     contractions: dict[Place, Site]
+    beyond: dict[Place, str]
     found: Findings
 
 
@@ -99,12 +101,12 @@ def _report(
     closed: Any, out: Any, leaves: dict[str, jax.ShapeDtypeStruct], found: Findings
 ) -> Program:
     sites, folds, taps, trips, used = [], [], [], [], set()
-    places, unreachable, unentered, contractions = {}, {}, [], {}
+    places, unreachable, beyond, contractions = {}, {}, {}, {}
     names, fold_names, beyond_names, conds = set(), set(), set(), {}
     for item in found.contractions:
         base = _base_name(item, leaves)
         if item.unentered:
-            unentered.append(f"{item.unentered}: {base}")
+            beyond[item.place] = f"{item.unentered}: {', '.join(_weights(item, leaves)) or base}"
             unreachable.setdefault(base, item.unentered)
             if item.eqn.primitive.name in compat.CONTRACTIONS:
                 contractions[item.place] = _site(item, _unique(base, beyond_names), conds)
@@ -129,18 +131,21 @@ def _report(
         params=MappingProxyType(leaves),
         unused=tuple(path for path in leaves if path not in used),
         unknown_trips=tuple(trips),
-        unentered=tuple(unentered),
+        unentered=tuple(beyond.values()),
     )
-    return Program(closed, graph, places, unreachable, contractions, found)
+    return Program(closed, graph, places, unreachable, contractions, beyond, found)
+
+
+def _weights(item: Found, leaves: dict[str, jax.ShapeDtypeStruct]) -> list[str]:
+    pairs = zip(item.origins, item.active, strict=True)
+    found = set().union(*(origin.params for origin, active in pairs if not active))
+    return [path for path in leaves if path in found]
 
 
 def _base_name(item: Found, leaves: dict[str, jax.ShapeDtypeStruct]) -> str:
-    weights = set().union(
-        *(o.params for o, active in zip(item.origins, item.active, strict=True) if not active)
-    )
     # The largest leaf: scales and steps are smaller than what they scale; then floats before masks.
     largest = max(
-        (path for path in leaves if path in weights),
+        _weights(item, leaves),
         key=lambda p: (size(leaves[p]), jnp.issubdtype(leaves[p].dtype, jnp.inexact)),
         default="",
     )

@@ -33,6 +33,7 @@ from jaxcompress.core.paths import match_rules
 from jaxcompress.graph import Tap, compat, trace, walk
 from jaxcompress.graph.capture import each_batch
 from jaxcompress.graph.matrices import rows_of_operand
+from jaxcompress.graph.unentered import report
 
 Batch = tuple[Any, ...]
 
@@ -117,7 +118,9 @@ def chosen_taps(
             return False
         return not planes or (conv and len(tap.aval.shape) == 4)
 
-    found = [tap for tap in trace(fn, params, *inputs).taps if fits(tap)]
+    graph = trace(fn, params, *inputs)
+    report(graph.unentered)
+    found = [tap for tap in graph.taps if fits(tap)]
     if not found:
         kind = "convolution over two axes" if planes else "contraction of an activation"
         raise ValueError(f"apply_fn has no {kind} with a weight")

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jaxcompress.core.packed import Grid
 from jaxcompress.core.paths import near_misses
 from jaxcompress.formats import Format, Granularity, check_format
-from jaxcompress.graph import Tap, trace, walk
+from jaxcompress.graph import Graph, Tap, trace, walk
 from jaxcompress.graph.capture import each_batch
+from jaxcompress.graph.matrices import taken
+from jaxcompress.graph.unentered import report
 from jaxcompress.quantize.calibrate import (
     Calibrator,
     check_calibrator,
@@ -48,23 +50,48 @@ class ActivationQuantizer(NamedTuple):
 def with_activations(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     """(grids, params, *inputs) -> outputs: `apply_fn` with the activations of the taps in `grids`
     ({tap name: Grid}, as a quantizer or a packed file gives them) on their grids."""
-    walked = walk(apply_fn, lambda tap, x, grid: (grid.snap(x), grid))
+    walked = walk(apply_fn, snapped)
     return lambda grids, params, *inputs: walked(grids, params, *inputs)[0]
 
 
-def chosen_taps(taps: tuple[Tap, ...], sites: str) -> list[Tap]:
-    """The taps whose names match the regular expression `sites`; ValueError if none does."""
+def float_taps(graph: Graph) -> list[Tap]:
+    """The taps that can be put on a grid: integers (positions, masks) and complex numbers stay.
+
+    Warns of contractions that could not be looked into.
+    """
+    report(graph.unentered)
+    return [tap for tap in graph.taps if tap.is_float]
+
+
+def chosen_taps(graph: Graph, sites: str) -> list[Tap]:
+    """Of `float_taps`, those that match the regular expression `sites`; ValueError if none does."""
+    taps = float_taps(graph)
     try:
         chosen = [tap for tap in taps if re.fullmatch(sites, tap.name)]
     except re.error as error:
         raise ValueError(f"sites={sites!r} is not a regular expression: {error}") from error
     if not chosen:
         names = [tap.name for tap in taps]
+        exact = [f"{t.name} ({t.aval.dtype})" for t in graph.taps if not t.is_float]
+        left = f"; these are no floating-point numbers: {', '.join(exact)}" if exact else ""
         raise ValueError(
             f"sites={sites!r} matches no contraction; nearest: "
-            f"{', '.join(near_misses(sites, names) or names[:3]) or 'there are none'}"
+            f"{', '.join(near_misses(sites, names) or names[:3]) or 'there are none'}{left}"
         )
     return chosen
+
+
+def snapped(tap: Tap, x: Any, grid: Grid) -> tuple[Any, Grid]:
+    """A visitor of `walk`: the activation on its grid.
+
+    Raises:
+      TypeError: the activation is no floating-point number, with the name of the tap.
+    """
+    if not tap.is_float:
+        raise TypeError(
+            f"grids: what enters {tap.name!r} is {tap.aval.dtype}, which has no grid; leave it out"
+        )
+    return grid.snap(x), grid
 
 
 def fresh_state(tap: Tap, empty: Callable[[tuple[int, ...]], Any]) -> Any:
@@ -84,6 +111,9 @@ def activations(
 ) -> ActivationQuantizer:
     """One scale per tensor for the activation operands of every dense layer and convolution.
 
+    Integers (positions, masks) are left alone, and so is what cannot be looked into (kernels,
+    `shard_map`), of which a `graph.Unentered` warns. Rows that no expert takes do not count.
+
     Args:
       apply_fn: pure, (params, *inputs) -> outputs; Linen, NNX, Equinox or plain.
       format: e.g. `formats.integer(8, symmetric=False)`.
@@ -98,21 +128,21 @@ def activations(
     calibrate = calibrate or min_max()
 
     def init(params, *inputs):
-        chosen = chosen_taps(trace(apply_fn, params, *inputs).taps, sites)
+        chosen = chosen_taps(trace(apply_fn, params, *inputs), sites)
         return {tap.name: fresh_state(tap, calibrate.init) for tap in chosen}
 
-    def see(x, state):
-        return calibrate.update(state, x, axes=tuple(range(x.ndim)), where=None)
+    def see(tap, x, state):
+        return calibrate.update(state, x, axes=tuple(range(x.ndim)), where=taken(tap, x))
 
     def place(x, state):
         return Grid(format.qparams(*calibrate.range(state, format), dtype=x.dtype), format).snap(x)
 
     def visit_train(tap, x, state):
         # Ranges are statistics: no gradient flows into them.
-        state = see(jax.lax.stop_gradient(x), state)
+        state = see(tap, jax.lax.stop_gradient(x), state)
         return place(x, state), state
 
-    observing = walk(apply_fn, lambda tap, x, state: (x, see(x, state)))
+    observing = walk(apply_fn, lambda tap, x, state: (x, see(tap, x, state)))
     training = walk(apply_fn, visit_train)
 
     def grids(stats):

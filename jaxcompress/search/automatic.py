@@ -12,8 +12,10 @@ from jaxcompress.core.combine import chain
 from jaxcompress.core.compressor import Compressor
 from jaxcompress.cost.device import Device
 from jaxcompress.formats import parse
+from jaxcompress.graph import trace
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.graph.layerwise import Progress
+from jaxcompress.graph.unentered import report, silent
 from jaxcompress.prune.given import fixed
 from jaxcompress.prune.state import apply_masks, masks_of_packed
 from jaxcompress.quantize.ptq import recipe
@@ -94,38 +96,41 @@ def compress(
         metrics["cross_entropy"] = cross_entropy
     metric = how.pop("metric", "kl" if labels is None else "cross_entropy")
     how = {"metrics": metrics, "metric": metric, "targets": labels, "fitted": fitted} | how
-    teacher = apply_fn, params
-    reference = [apply_fn(params, *inputs) for inputs in listed]
-    narrower = sum(share < 1 for share in widths)
-    best: tuple[float, Search, Compressed] | None = None
-    misses = []
-    for share in widths:
-        fn, tree = teacher
-        if share < 1:
-            fn, tree, _ = narrow(
-                apply_fn, params, listed, share, groups=channels, progress=progress
-            )
-            if training is not None:
-                part = training.part(0.5 / narrower)
-                tree = finetune(fn, tree, part, teacher=teacher, progress=progress).params
-        try:
-            search = Search(
-                fn, tree, listed, device=device, budget=budget, progress=progress, **how
-            )
-            found = search.apply(search.plans(budget, candidates=candidates)[0])
-        except Infeasible as error:
-            misses.append(f"{100 * share:g} % of the MACs: {error}")
-            continue
-        loss = _loss(found, listed, reference, labels, how["metrics"][metric])
-        if best is None or loss < best[0]:
-            best = loss, search, found
-    if best is None:
-        raise Infeasible(misses[0].partition(": ")[2] if len(misses) == 1 else "; ".join(misses))
-    _, search, found = best
-    if training is None:
-        return found
-    part = training.part(0.5 if narrower else 1.0)
-    return _trained(search, found, part, teacher, progress)
+    report(trace(apply_fn, params, *listed[0]).unentered)
+    with silent():
+        teacher = apply_fn, params
+        reference = [apply_fn(params, *inputs) for inputs in listed]
+        narrower = sum(share < 1 for share in widths)
+        best: tuple[float, Search, Compressed] | None = None
+        misses = []
+        for share in widths:
+            fn, tree = teacher
+            if share < 1:
+                fn, tree, _ = narrow(
+                    apply_fn, params, listed, share, groups=channels, progress=progress
+                )
+                if training is not None:
+                    part = training.part(0.5 / narrower)
+                    tree = finetune(fn, tree, part, teacher=teacher, progress=progress).params
+            try:
+                search = Search(
+                    fn, tree, listed, device=device, budget=budget, progress=progress, **how
+                )
+                found = search.apply(search.plans(budget, candidates=candidates)[0])
+            except Infeasible as error:
+                misses.append(f"{100 * share:g} % of the MACs: {error}")
+                continue
+            loss = _loss(found, listed, reference, labels, how["metrics"][metric])
+            if best is None or loss < best[0]:
+                best = loss, search, found
+        if best is None:
+            one = len(misses) == 1
+            raise Infeasible(misses[0].partition(": ")[2] if one else "; ".join(misses))
+        _, search, found = best
+        if training is None:
+            return found
+        part = training.part(0.5 if narrower else 1.0)
+        return _trained(search, found, part, teacher, progress)
 
 
 def _data(batches: Any, example: Any) -> tuple[tuple[tuple[Any, ...], ...], bool]:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxcompress.formats import Format
 from jaxcompress.graph import Graph, fingerprint
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.graph.trace import trace_program
+from jaxcompress.graph.unentered import report, silent
 from jaxcompress.quantize.calibrate import Calibrator, min_max
 from jaxcompress.search.measured import KINDS, Metric, Sensitivity, Values, kl
 from jaxcompress.search.program import Program
@@ -53,6 +54,7 @@ class Evaluator:
             raise ValueError("give options for weights or for activations")
         listed, labels = _checked(batches, targets)
         program = trace_program(apply_fn, params, *listed[0])
+        report(program.graph.unentered)
         names = _sites(program.graph, sites, chosen)
         recipes = {k: v for k, v in chosen[0].items() if isinstance(v, Compressor)}
         given = {k: v for k, v in chosen[0].items() if k not in recipes}
@@ -73,7 +75,8 @@ class Evaluator:
         self._inputs = params, given, listed, labels
         self.sites = tuple(names[0]), tuple(names[1])
         self.options = order, tuple(chosen[1])
-        self._prepared = jax.jit(self._program.prepare)(*self._inputs)
+        with silent():
+            self._prepared = jax.jit(self._program.prepare)(*self._inputs)
         self._evaluate = jax.jit(self._program.evaluate)
 
     def measure(
@@ -185,13 +188,21 @@ def _sites(
         matches = re.compile(pattern).fullmatch
     except re.error as error:
         raise ValueError(f"sites={pattern!r} is not a regular expression: {error}") from error
-    named = dict.fromkeys(site.leaf for site in graph.sites if site.leaf is not None)
+    named = dict.fromkeys(weight_leaves(graph))
     leaves = [path for path in named if options[0] and matches(path)]
-    taps = {tap.name: tap.site.loops for tap in graph.taps if options[1] and matches(tap.name)}
+    found = [tap for tap in graph.taps if tap.is_float and options[1]]
+    taps = {tap.name: tap.site.loops for tap in found if matches(tap.name)}
     if not leaves and not taps:
         near = near_misses(pattern, named) or list(named)[:3]
         raise ValueError(f"sites={pattern!r} matches no contraction; nearest: {', '.join(near)}")
     return leaves, taps
+
+
+def weight_leaves(graph: Graph) -> Iterator[str]:
+    """The leaves of floating-point numbers after which contractions are named, in order."""
+    for site in graph.sites:
+        if site.leaf and jnp.issubdtype(graph.params[site.leaf].dtype, jnp.floating):
+            yield site.leaf
 
 
 def _kept(cache: Any, identity: Callable[[], str]) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from jaxcompress.formats import Format, parse
 from jaxcompress.graph import trace
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.graph.layerwise import Progress
+from jaxcompress.graph.unentered import report, silent
 from jaxcompress.quantize.activations import activations as quantize_activations
 from jaxcompress.quantize.activations import calibrate_activations, with_activations
 from jaxcompress.quantize.ptq import Spec
 from jaxcompress.search.allocation import allocate, rerank
-from jaxcompress.search.evaluator import Evaluator
+from jaxcompress.search.evaluator import Evaluator, weight_leaves
 from jaxcompress.search.measured import Metric, Sensitivity
 from jaxcompress.search.options import Option, as_options, stored
 from jaxcompress.search.plan import Plan
@@ -115,9 +116,17 @@ class Search:
         first = self.batches[0]
         self.example = jax.tree.map(lambda x: x[:1], first) if example is None else example
         graph = trace(apply_fn, params, *first)
-        self._leaf = {site.name: site.leaf for site in graph.sites if site.leaf is not None}
-        matched = match_rules({sites: None}, self._leaf.values(), what="weight")
+        report(graph.unentered)
+        leaves = list(dict.fromkeys(weight_leaves(graph)))
+        self._leaf = {site.name: site.leaf for site in graph.sites if site.leaf in leaves}
+        matched = match_rules({sites: None}, leaves, what="weight")
         self.sites = [path for path, rule in matched.items() if rule is not None]
+        with silent():
+            self._measure(fitted, targets, metrics, budget, cache, progress)
+
+    def _measure(self, fitted, targets, metrics, budget, cache, progress) -> None:
+        """All options of all weights, what they cost, and what each does to the network."""
+        apply_fn, params = self.apply_fn, self.params
         self._packed: dict[str, Any] = {}
         views = {}
         sparse = any(option.sparsity for option in self.options.values())
@@ -142,7 +151,7 @@ class Search:
             sites="|".join(re.escape(site) for site in self.sites),
         )
         self.sensitivity: Sensitivity = self._evaluator.sweep(cache=cache, progress=progress)
-        self.problem = self._with_losses(self.sensitivity.increase(metric))
+        self.problem = self._with_losses(self.sensitivity.increase(self.metric))
 
     @property
     def device_name(self) -> str:
@@ -218,10 +227,14 @@ class Search:
         if form is None:
             return {}
         quantizer = quantize_activations(self.apply_fn, form)
-        return calibrate_activations(quantizer, view, self.batches)
+        with silent():
+            return calibrate_activations(quantizer, view, self.batches)
 
     def _cost(self, packed: Any, form: Format | None) -> Cost:
-        return estimate(self.apply_fn, packed, *self.example, device=self.device, activations=form)
+        with silent():
+            return estimate(
+                self.apply_fn, packed, *self.example, device=self.device, activations=form
+            )
 
     def _with_losses(self, increase: Mapping[str, Mapping[str, float]]) -> Problem:
         sites = {

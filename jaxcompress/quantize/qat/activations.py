@@ -16,6 +16,7 @@ from jaxcompress.graph import trace, walk
 from jaxcompress.quantize.activations import (
     ActivationQuantizer,
     chosen_taps,
+    float_taps,
     fresh_state,
     with_activations,
 )
@@ -133,12 +134,13 @@ def learned_activations(
         return CompressState(learned, buffers)
 
     def init(params, *inputs):
-        taps = trace(apply_fn, params, *inputs).taps
+        graph = trace(apply_fn, params, *inputs)
         if several:
+            taps = float_taps(graph)
             matched = match_rules(rules, [tap.name for tap in taps])
             chosen = [tap for tap in taps if matched[tap.name] is not None]
         else:
-            chosen = chosen_taps(taps, sites)
+            chosen = chosen_taps(graph, sites)
         empty = {tap.name: blank(tap) for tap in chosen}
         return started(seeing(empty, params, *inputs)[1], kept=empty)
 

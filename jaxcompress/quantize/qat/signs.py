@@ -67,7 +67,7 @@ def per_token(
     walked = walk(apply_fn, lambda tap, x, state: (snap(x), state))
 
     def quantized(params, *inputs):
-        chosen = chosen_taps(trace(apply_fn, params, *inputs).taps, sites)
+        chosen = chosen_taps(trace(apply_fn, params, *inputs), sites)
         return walked({tap.name: () for tap in chosen}, params, *inputs)[0]
 
     return quantized
