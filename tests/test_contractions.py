@@ -150,6 +150,15 @@ def test_an_expert_is_a_dense_layer_with_just_its_rows(name):
         np.testing.assert_array_equal(together[1], want)
 
 
+def test_a_bias_that_experts_share_moves_by_the_mean_over_their_rows():
+    fn = lambda p, x: experts(p, x) + p["b"]
+    params, x = {"w": draw(3, 6, 5), "b": jnp.zeros((1, 5))}, draw(13, 6, seed=1) + 1
+    fixed, state = Q.correct_bias(fn, params, [(x,)], {"w": EXPERT})
+    view = Q.recipe({"w": EXPERT}).apply(fixed, state)
+    away = np.asarray(fn(view, x), np.float64) - np.asarray(fn(params, x), np.float64)
+    np.testing.assert_allclose(away.mean(0), 0, atol=1e-5)
+
+
 def test_activations_of_experts_see_the_rows_that_are_taken():
     w, x = {"w": draw(3, 6, 5)}, draw(15, 6, seed=1).at[13:].set(100.0)
     made = quantize_activations(experts, integer(8))

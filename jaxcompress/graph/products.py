@@ -110,7 +110,7 @@ def row_taken(found: Numbers, shape: Sequence[int], sizes: Array) -> Array:
     ends = jnp.sum(jnp.broadcast_to(sizes, (*lead, sizes.shape[-1])), axis=-1, keepdims=True)
     inside = jnp.arange(shape[found.ragged], dtype=ends.dtype).reshape(*(1,) * len(lead), -1) < ends
     where = (*found.prefix, found.ragged)
-    inside = jnp.transpose(inside, np.argsort(where))
+    inside = jnp.transpose(inside, np.argsort(where).tolist())
     return inside.reshape([n if axis in where else 1 for axis, n in enumerate(shape)])
 
 

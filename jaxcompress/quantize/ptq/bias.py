@@ -70,7 +70,7 @@ def correct_bias(
         wanted = _mean_output(matrices(layer, leaf(params, layer.path)), before)
         shift = _mean_output(matrices(layer, leaf(view, layer.path)), after) - wanted
         bias = found[name]
-        moved = _moved(leaf(current, bias.path), bias, shift)
+        moved = _moved(leaf(current, bias.path), bias, shift, before.count)
         current, view = (replaced(tree, {bias.path: moved}) for tree in (current, view))
     return current, state
 
@@ -80,10 +80,10 @@ def _mean_output(w: Array, moments: Moments) -> Array:
     return jnp.einsum("sgkn,sgk->sgn", w, moments.mean, precision=lax.Precision.HIGHEST)
 
 
-def _moved(leaf: Array, bias: Bias, shift: Array) -> Array:
-    # Outputs that share an element share the mean of their shifts.
-    flat, ones = leaf.reshape(-1).astype(jnp.float32), jnp.ones(bias.index.shape, jnp.float32)
-    total = jnp.zeros_like(flat).at[bias.index].add(shift)
-    count = jnp.zeros_like(flat).at[bias.index].add(ones)
+def _moved(leaf: Array, bias: Bias, shift: Array, rows: Array) -> Array:
+    # Outputs that share an element share the mean of their shifts, over the rows [S, G] of each.
+    flat, rows = leaf.reshape(-1).astype(jnp.float32), rows[..., None]
+    total = jnp.zeros_like(flat).at[bias.index].add(shift * rows)
+    count = jnp.zeros_like(flat).at[bias.index].add(jnp.broadcast_to(rows, shift.shape))
     moved = flat - total / jnp.maximum(count, 1)
     return moved.astype(leaf.dtype).reshape(leaf.shape)
