@@ -9,14 +9,22 @@ import jax
 import numpy as np
 
 from jaxcompress.core.files import replacing
-from jaxcompress.core.packed import Grid, is_packed
+from jaxcompress.core.packed import Grid, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export.litert_convert import convert, converter
-from jaxcompress.export.litert_file import Operator, Tensor, contents, integer_interface
+from jaxcompress.export.litert_file import Contents, Operator, Tensor, contents, integer_interface
 from jaxcompress.export.lowered import lowered, port_names
 from jaxcompress.export.marked_program import marked_program
 from jaxcompress.export.marked_weights import marked_weights
 from jaxcompress.export.marks import mark_activations, why_unmarked
+from jaxcompress.export.sessions import loaded
+from jaxcompress.export.verify import (
+    Verified,
+    drawn_input,
+    example_inputs,
+    unverified,
+    verified,
+)
 from jaxcompress.quantize.integer import IntegerProgram
 
 
@@ -29,6 +37,7 @@ class LiteRT(NamedTuple):
     outputs: tuple[Tensor, ...]
     operators: tuple[Operator, ...]  # by name and types, in the order of their first appearance
     integer: bool  # nothing but QUANTIZE of inputs and DEQUANTIZE of outputs sees a float
+    verified: Verified  # what a run of the file showed
 
 
 def litert(
@@ -39,6 +48,8 @@ def litert(
     interface: Literal["float32", "int8"] = "float32",
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    verify: bool = True,
+    examples: Any = None,
 ) -> LiteRT:
     """Writes a network as one LiteRT file that computes in the integers it was quantized to.
 
@@ -62,14 +73,18 @@ def litert(
         the way back from that of the output, to the caller (with the scales of the report), as
         microcontrollers want it.
       input_names, output_names: in the signature; default `x` or `x0`, `x1`, ..., and `y` likewise.
+      verify: runs the file in LiteRT and compares it with the model; what differs by more than
+        rounding is an error. Where the runtime is not installed, the report says so.
+      examples: inputs for that run, if not those given; see `verify.example_inputs`.
 
     Returns:
       `LiteRT`: what lies in the file, read back from it.
 
     Raises:
       ImportError: litert-converter is not installed.
-      ValueError: a packed leaf that LiteRT cannot store, with what it could; an operation that its
-        converter or its runtime cannot do; names that do not fit. Nothing is written then.
+      ValueError: a file that differs from the model; a packed leaf that LiteRT cannot store, with
+        what it could; an operation that its converter or its runtime cannot do; names that do not
+        fit. Nothing is written then.
       TypeError: a model, inputs or activations of another type.
 
     What it does not do: loops (a `lax.scan` is unrolled), batches of any size, sparse storage.
@@ -78,14 +93,12 @@ def litert(
     if interface not in ("float32", "int8"):
         raise ValueError(f"litert(interface): 'float32' or 'int8', got {interface!r}")
     if isinstance(model, IntegerProgram):
-        if activations is not None:
-            raise TypeError("litert(activations): an IntegerProgram has grids of its own")
-        program = marked_program(model)
-        fn = marked_weights(lambda _, x: program(x), (), dynamic=False)
-        inputs = (_program_input(model, arguments),)
+        source = _of_program(model, arguments, activations)
     else:
-        fn, inputs = _marked(model, arguments, activations)
-    exported = lowered("litert", _flat(fn), inputs, platforms=("cpu",))
+        source = _of_function(model, arguments, activations)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source.inputs)
+    trial = example_inputs(source.inputs, examples, where="litert") if verify else ()
+    exported = lowered("litert", _flat(source.fn), shapes, platforms=("cpu",))
     names = (
         port_names("litert(input_names)", input_names, "x", len(exported.in_avals)),
         port_names("litert(output_names)", output_names, "y", len(exported.out_avals)),
@@ -96,27 +109,74 @@ def litert(
     found = contents(content)
     with replacing(path) as file:
         file.write(content)
-    return LiteRT(Path(path), len(content), *found)
+        file.flush()
+        shown = unverified("verify=False")
+        if verify:
+            shown = _verified(Path(file.name), source, trial, found)
+    return LiteRT(Path(path), len(content), *found, shown)
+
+
+class _Source(NamedTuple):
+    """What a file is made of."""
+
+    fn: Callable[..., Any]  # of the inputs, with its grids marked
+    inputs: tuple[Any, ...]  # as they were given
+    reference: Callable[..., Any]  # (params, *inputs), not rewritten for the converter
+    params: Any
+
+
+def _verified(path: Path, source: _Source, inputs: tuple[Any, ...], found: Contents) -> Verified:
+    try:
+        runtime = loaded(path, ".tflite")
+    except ImportError as error:
+        return unverified(str(error))
+    taken = list(map(_on_grid, found.inputs, jax.tree.leaves(inputs)))
+
+    def run(*leaves: Any) -> list[Any]:
+        codes = map(_codes, found.inputs, leaves)
+        return list(map(_numbers, found.outputs, runtime.run(*codes)))
+
+    inputs = jax.tree.unflatten(jax.tree.structure(inputs), taken)
+    return verified(run, source.reference, source.params, inputs, where="litert")
+
+
+def _codes(port: Tensor, x: Any) -> Any:
+    if port.scale is None or port.zero_point is None:
+        return x
+    codes = np.rint(np.asarray(x, np.float64) / port.scale) + port.zero_point
+    return np.clip(codes, -128, 127).astype(port.dtype)
+
+
+def _numbers(port: Tensor, codes: Any) -> Any:
+    if port.scale is None or port.zero_point is None:
+        return codes
+    return ((np.asarray(codes, np.float64) - port.zero_point) * port.scale).astype(np.float32)
+
+
+def _on_grid(port: Tensor, x: Any) -> Any:
+    return _numbers(port, _codes(port, x))
 
 
 def _flat(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *inputs: tuple(jax.tree.leaves(fn(*inputs)))
 
 
-def _program_input(program: IntegerProgram, arguments: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
+def _of_program(program: IntegerProgram, arguments: tuple[Any, ...], activations: Any) -> _Source:
+    if activations is not None:
+        raise TypeError("litert(activations): an IntegerProgram has grids of its own")
     if len(arguments) > 1:
         raise TypeError(f"litert(program, x): takes one input, got {len(arguments)}")
-    if not arguments:
-        batch = 1 if program.batched else program.shape[0]
-        return jax.ShapeDtypeStruct((batch, *program.shape[1:]), np.dtype("float32"))
-    (x,) = arguments
-    program._check("litert(program, x)", x)
-    return jax.ShapeDtypeStruct(x.shape, np.dtype("float32"))
+    if arguments:
+        program._check("litert(program, x)", arguments[0])
+    batch = 1 if program.batched else program.shape[0]
+    shape = arguments[0].shape if arguments else (batch, *program.shape[1:])
+    marked = marked_program(program)
+    reference = lambda _, x: marked(x)
+    fn = marked_weights(reference, (), dynamic=False)
+    return _Source(fn, (drawn_input(program, shape),), reference, ())
 
 
-def _marked(
-    apply_fn: Any, arguments: tuple[Any, ...], activations: Any
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _of_function(apply_fn: Any, arguments: tuple[Any, ...], activations: Any) -> _Source:
     if not callable(apply_fn) or len(arguments) < 2:
         raise TypeError(
             "litert takes an IntegerProgram, or a function, its params and its inputs, got "
@@ -141,5 +201,9 @@ def _marked(
             "litert(activations): None, 'dynamic' or grids {tap name: Grid}, "
             f"got {activations!r:.100}"
         )
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(inputs))
-    return marked_weights(apply_fn, packed, dynamic=activations == "dynamic"), shapes
+    dynamic = activations == "dynamic"
+    fn = marked_weights(apply_fn, packed, dynamic=dynamic)
+    if dynamic:  # the grids of activations are a part of what is computed
+        return _Source(fn, tuple(inputs), lambda _, *x: fn(*x), ())
+    params = jax.tree.map(np.asarray, unpack(packed))
+    return _Source(fn, tuple(inputs), apply_fn, params)

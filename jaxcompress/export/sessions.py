@@ -58,14 +58,19 @@ def session(path: str | os.PathLike, *, threads: int = 1) -> Session:
       ImportError: the runtime is not installed; with the line that installs it.
     """
     path = Path(path)
+    return loaded(path, path.suffix, threads)
+
+
+def loaded(path: Path, suffix: str, threads: int = 1) -> Session:
+    """As `session`, for a file that does not have its suffix yet."""
     loaders = {".onnx": _onnx, ".tflite": _litert, ".stablehlo": _stablehlo}
-    if path.suffix not in loaders:
+    if suffix not in loaders:
         raise ValueError(f"{path}: a suffix of {', '.join(loaders)} says the runtime")
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return loaders[path.suffix](path, threads)
+    return loaders[suffix](path, threads)
 
 
 def _missing(package: str) -> ImportError:
@@ -122,14 +127,8 @@ def _litert(path: Path, threads: int) -> Session:
         found.allocate_tensors()
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: LiteRT refuses it: {error}") from error
-    # The order of the signature is that of the function; that of the tensors need not be.
-    runner = found.get_signature_runner() if found.get_signature_list() else None
+    # The order of the graph is that of the function; names in the signature are sorted.
     takes, gives = found.get_input_details(), found.get_output_details()
-    if runner is not None:
-        takes, gives = (
-            [details[name] for name in sorted(details, key=_natural)]
-            for details in (runner.get_input_details(), runner.get_output_details())
-        )
 
     def run(*inputs: Any) -> tuple[np.ndarray, ...]:
         for port, x in zip(takes, inputs, strict=True):
@@ -146,11 +145,6 @@ def _litert(path: Path, threads: int) -> Session:
 def _place(port: Any) -> Place | None:
     scale, zero = port["quantization"]  # of several channels: (0.0, 0), as of none
     return Place(float(scale), int(zero)) if scale else None
-
-
-def _natural(name: str) -> tuple[str, int]:
-    stem = name.rstrip("0123456789")
-    return stem, int(name[len(stem) :] or -1)
 
 
 def _stablehlo(path: Path, threads: int) -> Session:

@@ -21,6 +21,13 @@ from jaxcompress.core.packed import unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export import container, container_read
 from jaxcompress.export.lowered import lowered, port_names
+from jaxcompress.export.verify import (
+    Verified,
+    drawn_input,
+    example_inputs,
+    unverified,
+    verified,
+)
 from jaxcompress.quantize.integer import IntegerProgram
 
 VERSION = "1"
@@ -47,6 +54,7 @@ class StableHLO:
       platforms: where it runs.
       jax_version: of the JAX that wrote it.
       exported: the `jax.export.Exported`.
+      verified: what its run showed, when it was written.
     """
 
     path: Path
@@ -56,6 +64,7 @@ class StableHLO:
     platforms: tuple[str, ...]
     jax_version: str
     exported: Any = dataclasses.field(repr=False)
+    verified: Verified = unverified("it was read from its file")
 
     def __call__(self, *inputs: Any) -> Any:
         """The outputs for arrays of these dtypes and shapes; under `jit`, or compiled by itself."""
@@ -70,6 +79,8 @@ def stablehlo(
     batch: str | None = None,
     interface: Literal["float32", "codes"] = "float32",
     input_names: Sequence[str] | None = None,
+    verify: bool = True,
+    examples: Any = None,
 ) -> StableHLO:
     """Writes a network with its weights as one StableHLO file.
 
@@ -86,23 +97,28 @@ def stablehlo(
       interface: of an `IntegerProgram`: float32 to float32, or "codes", its `run` from the codes
         that `quantize_input` gives to those that `dequantize` takes.
       input_names: kept in the file; default `x`, or `x0`, `x1`, ...
+      verify: runs the file and compares it with the model; what differs by more than rounding is an
+        error. Where the program has no CPU among its platforms, the report says that it did not.
+      examples: inputs for that run, if not those given; see `verify.example_inputs`.
 
     Returns:
       `StableHLO`, as `load_stablehlo` gives it.
 
     Raises:
-      ValueError: a platform that JAX does not know; inputs without a first axis, or of several
-        sizes, with `batch`; an operation that needs the sizes; what cannot be serialized
-        (callbacks, results in containers of your own). Nothing is written then.
+      ValueError: a file that differs from the model; a platform that JAX does not know; inputs
+        without a first axis, or of several sizes, with `batch`; an operation that needs the sizes;
+        what cannot be serialized (callbacks, results in containers of your own). Nothing is written
+        then.
       TypeError: a model or inputs of another type.
       ImportError: flatbuffers is not installed, which `jax.export` needs.
     """
     if unknown := sorted(set(platforms) - set(PLATFORMS)) or not platforms:
         raise ValueError(f"stablehlo(platforms): known are {PLATFORMS}, got {unknown or ()}")
     if isinstance(model, IntegerProgram):
-        fn, inputs = _of_program(model, arguments, interface)
+        fn, inputs, given = _of_program(model, arguments, interface)
     else:
-        fn, inputs = _of_function(model, arguments)
+        fn, inputs, given = _of_function(model, arguments)
+    trial = example_inputs(given, examples, where="stablehlo") if verify else ()
     leaves = jax.tree.leaves(inputs)
     names = port_names("stablehlo(input_names)", input_names, "x", len(leaves))
     serialized, exported = _exported(fn, _symbolic(inputs, batch), tuple(platforms))
@@ -117,9 +133,25 @@ def stablehlo(
     content, size = container.encode({"program": serialized}, metadata)
     with replacing(path) as file:
         file.write(content)
+        file.flush()
+        shown = unverified("verify=False")
+        if verify:
+            shown = _verified(Path(file.name), fn, trial, exported.platforms)
     return StableHLO(
-        Path(path), size.file_bytes, *ports, exported.platforms, jax.__version__, exported
+        Path(path), size.file_bytes, *ports, exported.platforms, jax.__version__, exported, shown
     )
+
+
+def _verified(
+    path: Path, fn: Callable[..., Any], inputs: tuple[Any, ...], platforms: tuple[str, ...]
+) -> Verified:
+    if "cpu" not in platforms:
+        return unverified(f"it runs on {', '.join(platforms)}, files are verified on CPU")
+    found = load_stablehlo(path)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        tree = jax.tree.structure(inputs)
+        run = jax.jit(lambda *leaves: jax.tree.leaves(found(*jax.tree.unflatten(tree, leaves))))
+        return verified(run, lambda _, *inputs: fn(*inputs), (), inputs, where="stablehlo")
 
 
 def load_stablehlo(path: str | os.PathLike) -> StableHLO:
@@ -165,24 +197,26 @@ def _need_flatbuffers() -> None:
 
 def _of_program(
     program: IntegerProgram, arguments: tuple[Any, ...], interface: str
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
     if interface not in ("float32", "codes"):
         raise ValueError(f"stablehlo(interface): 'float32' or 'codes', got {interface!r}")
     if len(arguments) > 1:
         raise TypeError(f"stablehlo(program, x): takes one input, got {len(arguments)}")
     shape = tuple(arguments[0].shape) if arguments else program.shape
     if interface == "codes":
-        return program.run, (jax.ShapeDtypeStruct(shape, program.code_dtype),)
+        codes = (jax.ShapeDtypeStruct(shape, program.code_dtype),)
+        drawn = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        return program.run, codes, (drawn.view(program.code_dtype),)
 
     def run(x):
         return program.dequantize(program.run(program.quantize_input(x)))
 
-    return run, (jax.ShapeDtypeStruct(shape, np.dtype("float32")),)
+    return run, (jax.ShapeDtypeStruct(shape, np.dtype("float32")),), (drawn_input(program, shape),)
 
 
 def _of_function(
     apply_fn: Any, arguments: tuple[Any, ...]
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
     if not callable(apply_fn) or len(arguments) < 2:
         raise TypeError(
             "stablehlo takes an IntegerProgram, or a function, its params and its inputs, got "
@@ -195,7 +229,7 @@ def _of_function(
     # NumPy arrays: they belong to no device, and are constants of whatever is traced.
     packed = jax.tree.map(np.asarray, packed)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(inputs))
-    return lambda *inputs: apply_fn(unpack(packed), *inputs), shapes
+    return lambda *inputs: apply_fn(unpack(packed), *inputs), shapes, tuple(inputs)
 
 
 def _symbolic(inputs: tuple[Any, ...], batch: str | None) -> tuple[Any, ...]:

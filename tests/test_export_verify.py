@@ -1,0 +1,114 @@
+"""Files that differ from their function: found, said, and not left behind."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.export.rounded import with_rounding
+from jaxcompress.export.verify import example_inputs, verified
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+W, X = normal(0, 16, 8), normal(1, 5, 16)
+
+
+def dense(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+def test_no_noise_is_the_function_and_noise_is_its_rounding():
+    moved = jax.jit(with_rounding(dense))
+    (y,), _ = moved(jnp.zeros(101), {"w": W}, X)
+    np.testing.assert_array_equal(y, jax.jit(dense)({"w": W}, X))
+    (z,), _ = moved(jnp.asarray(np.random.default_rng(2).uniform(-1, 1, 101)), {"w": W}, X)
+    want = np.tanh(X.astype(np.float64) @ W)
+    apart, rounding = np.abs(np.asarray(z, np.float64) - want).max(), np.abs(y - want).max()
+    # By the definition: at most sqrt(K) eps of |x| |w|, and 4 eps of each of two results.
+    eps, products = 2.0**-23, np.abs(X) @ np.abs(W)
+    most = eps * (4 * products + 4 * np.abs(X @ W) + 4 + 4)
+    assert rounding / 8 < apart < most.max()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda y: np.roll(y, 1, 0),
+        lambda y: y * np.float32(1.0001),
+        lambda y: y + np.float32(1e-4),
+        lambda y: np.where(np.arange(8) == 3, 0, y).astype(np.float32),
+        lambda y: y[:, :7],
+        lambda y: y.astype(np.float64),
+        lambda y: np.where(y == y.max(), np.nan, y).astype(np.float32),
+    ],
+)
+def test_what_rounding_does_not_explain_is_an_error(wrong):
+    right = lambda x: [np.tanh(x.astype(np.float64) @ W).astype(np.float32)]
+    found = verified(right, dense, {"w": W}, (X,), where="here")
+    assert found.largest_difference is not None and found.bound is not None
+    assert 0 < found.largest_difference <= found.bound < 1e-5 and not found.reason
+    with pytest.raises(ValueError, match="here: the file that was written (differs|gives)"):
+        verified(lambda x: [wrong(right(x)[0])], dense, {"w": W}, (X,), where="here")
+
+
+def test_codes_may_differ_by_one_step_and_not_by_two():
+    program = jc.quantize.integer_only(dense_only, {"w": W}, [jnp.asarray(X)])
+    from jaxcompress.export.marked_program import marked_program
+
+    marked, step = marked_program(program), float(program.grids[program.output].qparams.scale)
+    y = np.asarray(marked(X))
+    one = lambda n: lambda x: [y + np.float32(n * step) * (np.arange(8) == 2)]
+    assert verified(one(1), lambda _, x: marked(x), (), (X,), where="here").largest_difference
+    with pytest.raises(ValueError, match="rounding explains"):
+        verified(one(12), lambda _, x: marked(x), (), (X,), where="here")
+
+
+def dense_only(params, x):
+    return x @ params["w"]
+
+
+def test_examples():
+    spec = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    (drawn,) = example_inputs((spec,), None, where="e")
+    assert drawn.std() > 0.3
+    (ones,) = example_inputs((jnp.ones((2, 3)),), None, where="e")
+    np.testing.assert_array_equal(ones, drawn)
+    tokens = np.array([[3, 5]])
+    np.testing.assert_array_equal(example_inputs((tokens,), None, where="e")[0], tokens)
+    np.testing.assert_array_equal(
+        example_inputs((jax.ShapeDtypeStruct((3,), jnp.int32),), None, where="e")[0], [0, 1, 0]
+    )
+    with pytest.raises(ValueError, match=r"e\(examples\): must be"):
+        example_inputs((spec,), (np.ones((2, 4), np.float32),), where="e")
+
+
+def test_stablehlo_reports_what_its_run_showed(tmp_path):
+    path = tmp_path / "a.stablehlo"
+    report = jc.export.stablehlo(dense, {"w": W}, X, path=path, batch="b")
+    assert report.verified.largest_difference is not None and not report.verified.reason
+    other = jc.export.stablehlo(dense, {"w": W}, X, path=path, platforms=("tpu",))
+    assert other.verified.largest_difference is None and "tpu" in other.verified.reason
+    off = jc.export.stablehlo(dense, {"w": W}, X, path=path, verify=False)
+    assert off.verified.reason == "verify=False"
+
+
+def test_a_litert_file_that_is_wrong_is_not_left(tmp_path, monkeypatch):
+    pytest.importorskip("litert_converter")
+    pytest.importorskip("ai_edge_litert")
+    path = tmp_path / "a.tflite"
+    report = jc.export.litert(dense, {"w": W}, X, path=path)
+    assert report.verified.largest_difference is not None
+    path.write_bytes(b"old")
+    other = jc.export.litert(dense, {"w": W + 0.01}, X, path=tmp_path / "b.tflite")
+    content = other.path.read_bytes()
+    monkeypatch.setattr(sys.modules["jaxcompress.export.litert"], "convert", lambda *_: content)
+    with pytest.raises(ValueError, match="litert: the file that was written differs"):
+        jc.export.litert(dense, {"w": W}, X, path=path)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+    assert jc.export.litert(dense, {"w": W}, X, path=path, verify=False).file_bytes
