@@ -62,7 +62,7 @@ def test_codes_may_differ_by_one_step_and_not_by_two():
     from jaxcompress.export.marked_program import marked_program
 
     marked, step = marked_program(program), float(program.grids[program.output].qparams.scale)
-    y = np.asarray(marked(X))
+    y = np.asarray(marked(jnp.asarray(X)))
     one = lambda n: lambda x: [y + np.float32(n * step) * (np.arange(8) == 2)]
     assert verified(one(1), lambda _, x: marked(x), (), (X,), where="here").largest_difference
     with pytest.raises(ValueError, match="rounding explains"):
