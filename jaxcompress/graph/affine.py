@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcompress.graph import compat
 from jaxcompress.graph.affine_loops import enter_loop, leave_loop
-from jaxcompress.graph.affine_products import convolution, product, product_of_arrays
+from jaxcompress.graph.affine_products import convolution, product, product_of_arrays, quotient
 from jaxcompress.graph.affine_views import VIEWS
 from jaxcompress.graph.inline import END, LOOP
 from jaxcompress.graph.ports import Step, link, same
@@ -44,11 +44,6 @@ def _pairs(step: Step) -> None:
 
 def _compare(step: Step) -> None:
     same(step, 0, 1)
-
-
-def _div(step: Step) -> None:
-    same(step, 0, -1)
-    step.fix(1, "it is a divisor")
 
 
 def _sign(step: Step) -> None:
@@ -91,7 +86,7 @@ _RULES: dict[str, Callable[[Step], None]] = {
     **dict.fromkeys("reduce_window_sum reduce_window_max reduce_window_min".split(), _pool),
     **dict.fromkeys("cumsum cummax cummin".split(), _cumulative),
     "select_n": _select,
-    "div": _div,
+    "div": quotient,
     "sign": _sign,
     "mul": product,
     **dict.fromkeys(compat.PRODUCTS, product_of_arrays),

@@ -28,7 +28,9 @@ def product(step: Step) -> None:
     if not any(seen.values()):
         return
     mode = step.choose(_product_options(step, seen))
-    if mode == "cancel":
+    if mode == "fold":
+        step.fix(-1, "it is multiplied out of one product and into another")
+    elif mode == "cancel":
         same(step, 0, 1, opposite=True)
         step.fix(-1, "it is divided out of one product and multiplied into another")
     elif mode is not None:
@@ -45,9 +47,21 @@ def _product_options(step: Step, seen: dict[int, bool]) -> list[str]:
     carrier = 0 if seen[0] else 1
     if all(data):
         return [str(carrier)]
-    if step.trial.fold and any(data) and data[carrier]:
-        return ["cancel"]
+    if step.trial.fold and not all(data) and data[carrier]:
+        return ["fold"]  # the factor goes into what made the activations
     return [str(carrier), "cancel"]
+
+
+def quotient(step: Step) -> None:
+    """An array over another, element by element."""
+    x, divisor = step.op.operands
+    flat, known = step.flat, divisor is not None and step.flat.is_computed(divisor)
+    if step.trial.fold and known and flat.is_data(x) and step.see(0) is not None:
+        step.choose(["fold"])
+        step.fix(-1, "it is multiplied out of one product and into another")
+    else:
+        same(step, 0, -1)
+        step.fix(1, "it is a divisor")
 
 
 class Roles(NamedTuple):

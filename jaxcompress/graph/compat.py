@@ -79,6 +79,46 @@ def without_dead_code(closed: Any) -> Any:
     return jec.ClosedJaxpr(jaxpr, closed.consts)
 
 
+def needed_inputs(closed: Any) -> list[bool]:
+    """Which arguments of a closed jaxpr some result needs."""
+    outs = [True] * len(closed.jaxpr.outvars)
+    return list(partial_eval.dce_jaxpr(closed.jaxpr, outs, instantiate=False)[1])
+
+
+def on_needed(closed: Any, values: Sequence[Any]) -> list[Any]:
+    """The results of a closed jaxpr; arguments that no result needs may be anything."""
+    outs = [True] * len(closed.jaxpr.outvars)
+    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, outs, instantiate=False)
+    given = [x for x, needed in zip(values, used, strict=True) if needed]
+    return jec.jaxpr_as_fun(jec.ClosedJaxpr(jaxpr, closed.consts))(*given)
+
+
+def skipping(closed: Any, skips: Mapping[tuple[int, ...], tuple[str, int]]) -> Any:
+    """A closed jaxpr in which some equations give an operand on instead: place -> (_, operand)."""
+    return jec.ClosedJaxpr(_skipping(closed.jaxpr, skips, ()), closed.consts)
+
+
+def _skipping(jaxpr: Any, skips: Mapping[tuple[int, ...], Any], place: tuple[int, ...]) -> Any:
+    same: dict[Any, Any] = {}
+    read = lambda v: v if isinstance(v, jec.Literal) else same.get(v, v)
+    eqns = []
+    for number, eqn in enumerate(jaxpr.eqns):
+        here = (*place, number)
+        if here in skips:
+            same[eqn.outvars[0]] = read(eqn.invars[skips[here][1]])
+            continue
+        eqn = eqn.replace(invars=[read(v) for v in eqn.invars])
+        if any(key[: len(here)] == here for key in skips):
+            key = next(k for k, v in eqn.params.items() if hasattr(v, "eqns"))
+            inner = eqn.params[key]
+            new = _skipping(body(inner).jaxpr, skips, (*here, 0))
+            closed = isinstance(inner, jec.ClosedJaxpr) and hasattr(inner, "consts")
+            new = jec.ClosedJaxpr(new, inner.consts) if closed else new
+            eqn = eqn.replace(params={**eqn.params, key: new})
+        eqns.append(eqn)
+    return jaxpr.replace(eqns=eqns, outvars=[read(v) for v in jaxpr.outvars])
+
+
 def is_literal(v: Any) -> bool:
     """Whether an operand is a number in the jaxpr itself, not a variable."""
     return isinstance(v, jec.Literal)

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxcompress.graph import compat
-from jaxcompress.graph.inline import END, LOOP, Op, carried, inline
+from jaxcompress.graph.inline import END, LOOP, Op, carried, inline, rows
 from jaxcompress.graph.sites import Tap
 from jaxcompress.graph.trace import Program
 from jaxcompress.graph.views import views
@@ -100,32 +101,60 @@ class Flat:
         site = self.program.contractions.get(op.place)
         return site.name if site is not None else ""
 
+    def is_computed(self, number: int) -> bool:
+        """Whether a value is made of parameters alone, with a root or a quotient among it."""
+        if self.is_data(number) or not self.is_made_of_params(number):
+            return False
+        op = self.ops[self.definition[number]] if number in self.definition else None
+        if op is None or op.primitive in (LOOP, END):
+            return False
+        return op.primitive in _ROOTS or any(map(self.is_computed, op.inputs))
+
     def evaluate(self, number: int, leaves: Sequence[Any]) -> Array:
-        """A value that is made of parameters and constants, from the leaves of the parameters.
+        """A value made of parameters and constants, [trips of the loops around it, *shape].
+
+        Args:
+          number: of the value.
+          leaves: of the parameters.
 
         Raises:
-          ValueError: a loop makes it, or it depends on an input.
+          ValueError: a loop carries it, or it depends on an input.
         """
         consts = self.program.closed.consts
         start = len(self.program.closed.jaxpr.invars)
         if number < len(leaves):
-            return jnp.asarray(leaves[number])
+            return jnp.asarray(leaves[number])[None]
         if start <= number < start + len(consts):
-            return jnp.asarray(consts[number - start])
+            return jnp.asarray(consts[number - start])[None]
         op = self.ops[self.definition[number]] if number in self.definition else None
-        if op is None or op.primitive in (LOOP, END):
-            raise ValueError("a normalization in a loop cannot be folded")
-        values = [
-            self.evaluate(n, leaves) if n is not None else self._constant(op, port)
+        if op is None or op.primitive == END or self.is_data(number):
+            raise ValueError("it is made of more than parameters")
+        if op.primitive == LOOP:
+            outer = {inner: outer for outer, inner in zip(*rows(op), strict=True)}.get(number)
+            if outer is None:
+                raise ValueError("a loop carries it")
+            value = self._within(self.evaluate(outer, leaves), op)
+            return value.reshape(-1, *value.shape[2:])
+        given = [
+            self._constant(op, port)[None] if n is None else self.evaluate(n, leaves)
             for port, n in enumerate(op.operands)
         ]
-        return compat.evaluate(op.eqn, values)[op.outputs.index(number)]
+        trips = max(len(x) for x in given)
+        at = op.outputs.index(number)
+        if trips == 1:
+            return compat.evaluate(op.eqn, [x[0] for x in given])[at][None]
+        given = [self._within(x, op) for x in given]
+        return jax.vmap(lambda *values: compat.evaluate(op.eqn, list(values))[at])(*given)
 
-    def _constant(self, op: Op, port: int) -> Array | None:
-        variable = op.eqn.invars[port]
-        if compat.is_literal(variable):
-            return None
-        return jnp.asarray(self.literal(op, port), variable.aval.dtype)
+    def _within(self, value: Array, op: Op) -> Array:
+        # In the trips of an operation: what a loop around it does not change is the same in all.
+        return jnp.repeat(value, self.trips[op.region] // len(value), axis=0)
+
+    def _constant(self, op: Op, port: int) -> Array:
+        return jnp.asarray(self.literal(op, port), op.eqn.invars[port].aval.dtype)
+
+
+_ROOTS = frozenset("sqrt rsqrt div pow integer_pow".split())
 
 
 def _live(ops: Sequence[Op], outputs: frozenset[int]) -> tuple[Op, ...]:

@@ -45,7 +45,7 @@ def equalize(
     For a channel with weights of range r1 in front and r2 behind, with ReLU, pooling or nothing
     between them, t = sqrt(r2 / r1) makes both sqrt(r1 r2). Chains of layers are repeated until
     nothing moves. It is meant for one scale per tensor (`Spec(format, axis=None)`), where one large
-    channel costs all others their precision. BatchNorm must be folded first (`fold_batch_norm`).
+    channel costs all others their precision. Fold BatchNorm first (`fold_batch_norm`).
 
     Args:
       apply_fn: pure, (params, *inputs) -> outputs.
