@@ -1,6 +1,7 @@
 """Folded normalizations are gone: from the tree, from the bytes, from the program."""
 
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def dense(p, x):
     return norm(p, x @ p["w"] + p["b"], "bn") @ p["out"]
 
 
-def convolved(p, x, *, padding="SAME", groups=1, dilation=None, strides=(1, 1)):
+def convolved(p, x, *, padding: Any = "SAME", groups=1, dilation=None, strides=(1, 1)):
     numbers = ("NHWC", "HWIO", "NHWC")
     y = lax.conv_general_dilated(
         x, p["w"], strides, padding, lhs_dilation=dilation, dimension_numbers=numbers,

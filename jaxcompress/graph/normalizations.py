@@ -40,7 +40,11 @@ def factors_of(flat: Flat) -> dict[int, str]:
 def data_port(flat: Flat, op: Op) -> int | None:
     """Of an operation on activations and something made of parameters: which operand is which."""
     data = [flat.is_data(number) for number in op.operands]
-    if len(data) != 2 or sum(data) != 1 or not flat.is_made_of_params(op.operands[data.index(0)]):
+    if (
+        len(data) != 2
+        or sum(data) != 1
+        or not flat.is_made_of_params(op.operands[data.index(False)])
+    ):
         return None
     port = data.index(True)
     x = op.operands[port]
