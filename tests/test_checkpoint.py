@@ -14,7 +14,7 @@ import safetensors.numpy
 from _trees import bits_equal, small_tree
 
 import jaxcompress as jc
-from jaxcompress.export import load, save
+from jaxcompress.export import container, inspect, load, save
 from jaxcompress.formats import fixed_point, integer
 
 w = jc.quantize.weights
@@ -52,8 +52,23 @@ def test_the_format_s_own_reader_reads_it(tmp_path):
     packed = w(integer(4)).pack(params, w(integer(4)).init(params))
     save(tmp_path / "p.safetensors", packed)
     arrays = safetensors.numpy.load_file(tmp_path / "p.safetensors")
-    np.testing.assert_array_equal(arrays["dense/kernel.codes"], packed["dense"]["kernel"].codes)
-    np.testing.assert_array_equal(arrays["steps"], params["steps"])
+    # Small arrays lie in pools, in the order of their names.
+    dense = packed["dense"]
+    leaves = [packed["conv"]["kernel"], dense["bias"], dense["kernel"]]
+    leaves += [packed["empty"], packed["scalar"]]
+    scales = [leaf.qparams.scale for leaf in leaves]
+    np.testing.assert_array_equal(arrays[".F32"], np.concatenate([s.reshape(-1) for s in scales]))
+    codes = [np.asarray(leaf.codes).reshape(-1) for leaf in leaves]
+    np.testing.assert_array_equal(arrays[".U8"], np.concatenate(codes))
+    np.testing.assert_array_equal(arrays[".I32"], params["steps"].reshape(-1))
+    # Large ones have their own names.
+    large = {"net": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 200)), "f4")}}
+    packed = w(integer(4)).pack(large, w(integer(4)).init(large))
+    save(tmp_path / "p.safetensors", {**packed, "table": large["net"]["kernel"]})
+    arrays = safetensors.numpy.load_file(tmp_path / "p.safetensors")
+    assert set(arrays) == {"net/kernel.codes", ".F32", "table"}
+    np.testing.assert_array_equal(arrays["net/kernel.codes"], packed["net"]["kernel"].codes)
+    np.testing.assert_array_equal(arrays["table"], large["net"]["kernel"])
 
 
 def test_like_gives_lists_and_single_arrays_back(tmp_path):
@@ -119,26 +134,34 @@ DAMAGE = {
     "not JSON": (lambda raw: raw[:8] + b"\x00" * 40 + raw[48:], "not JSON"),
     "huge header": (lambda raw: (2**60).to_bytes(8, "little") + raw[8:], "truncated or not"),
     "huge shape": (
-        lambda raw: _rewrite_header(raw, _set("steps", "shape", value=[2**47, 2**47])),
+        lambda raw: _rewrite_header(raw, _set(".I32", "shape", value=[2**47, 2**47])),
         "does not lie where its shape says",
     ),
     "negative shape": (
-        lambda raw: _rewrite_header(raw, _set("steps", "shape", value=[-3])),
+        lambda raw: _rewrite_header(raw, _set(".I32", "shape", value=[-3])),
         "impossible sizes",
     ),
     "unknown dtype": (
-        lambda raw: _rewrite_header(raw, _set("steps", "dtype", value="I3")),
+        lambda raw: _rewrite_header(raw, _set(".I32", "dtype", value="I3")),
         "malformed",
     ),
     "newer": (
         lambda raw: _rewrite_header(raw, _set("__metadata__", "jaxcompress", value="9")),
-        "scheme version 9, this program reads 2 and 3 with a checksum",
+        "scheme version 9, this program reads 2, 3 and 4 with a checksum; a later version",
     ),
     "wrong scheme": (
         lambda raw: _rewrite_header(
-            raw, _set("__metadata__", "leaf:dense/kernel", value="int4|||24x99|float32")
+            raw, _set("__metadata__", "leaves", value="int4|>dense{kernel 24x99}")
         ),
-        "dense/kernel: its parts do not fit",
+        "its pools: its parts do not fit",
+    ),
+    "another table": (
+        lambda raw: _rewrite_header(raw, _set("__metadata__", "leaves", value="int4|>a 3,a 3")),
+        "its table of leaves: its parts do not fit",
+    ),
+    "no such format": (
+        lambda raw: _rewrite_header(raw, _set("__metadata__", "leaves", value="int77|>a 3")),
+        "a: its parts do not fit",
     ),
 }
 
@@ -146,12 +169,33 @@ DAMAGE = {
 def test_files_of_the_version_that_knew_bitmasks_alone_are_read(tmp_path):
     comp, params = RECIPES["sparse_int4"], small_tree()
     packed = comp.pack(params, comp.init(params))
-    save(tmp_path / "p", packed)
-    raw = (tmp_path / "p").read_bytes()
-    assert b"|float32|" in raw and b"csr" not in raw and b"groups" not in raw
-    change = _set("__metadata__", "jaxcompress", value="2")
-    (tmp_path / "p").write_bytes(_rewrite_header(raw, change))
-    assert bits_equal(load(tmp_path / "p").params, packed)
+    # By hand: an array for every part, a scheme for every packed leaf.
+    arrays, schemes = {}, {}
+    for name, leaf in jc.core.leaves_with_paths(packed, is_leaf=jc.core.is_packed):
+        inner = leaf.values if isinstance(leaf, jc.Masked) else leaf
+        if not jc.core.is_packed(inner):
+            arrays[name] = np.asarray(leaf)
+            continue
+        arrays[f"{name}.codes"] = np.asarray(inner.codes)
+        arrays[f"{name}.scale"] = np.asarray(inner.qparams.scale)
+        shape = "x".join(map(str, leaf.shape))
+        schemes[f"leaf:{name}"] = f"int4|0||{shape}|float32"
+        if isinstance(leaf, jc.Masked):
+            arrays[f"{name}.mask"] = np.asarray(leaf.bitmask)
+            schemes[f"leaf:{name}"] += f"|{leaf.nnz}"
+    scale = np.array([0.5, 0.25], np.float32)
+    arrays["activations.scale"] = scale
+    grids = {"activations": "in|int8|;out|int8|"}
+    for version in ("2", "3"):
+        content, _ = container.encode(arrays, {"jaxcompress": version, **schemes, **grids})
+        (tmp_path / "p").write_bytes(content)
+        found = load(tmp_path / "p")
+        assert bits_equal(found.params, packed)
+        steps = {name: float(grid.qparams.scale) for name, grid in found.activations.items()}
+        assert steps == {"in": 0.5, "out": 0.25}
+        assert sum(leaf.stored_bytes for leaf in inspect(tmp_path / "p")) == (
+            jc.packed_bytes(packed) + scale.nbytes
+        )
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -169,7 +213,7 @@ def test_damaged_files_are_refused(tmp_path, damage):
 def test_a_changed_header_is_refused_even_where_it_still_parses(tmp_path):
     save(tmp_path / "p", {"a": {"bias": jnp.array([1.0, 2.0])}})
     raw = (tmp_path / "p").read_bytes()
-    for old, new in ((b'"F32"', b'"I32"'), (b"a/bias", b"b/bias"), (b"crc32", b"crc33")):
+    for old, new in ((b'"F32"', b'"I32"'), (b"a{bias", b"b{bias"), (b"crc32", b"crc33")):
         assert old in raw
         (tmp_path / "p").write_bytes(raw.replace(old, new))
         with pytest.raises(ValueError, match="checksum"):

@@ -181,8 +181,8 @@ def test_headers_that_no_writer_makes_are_refused(tmp_path):
     raw = (tmp_path / "p").read_bytes()
     header, data = split(raw)
     length = int.from_bytes(raw[:8], "little")
-    twice = raw[8 : 8 + length].rstrip()[:-1] + b',"w":0}'
-    more = {**header, "w": {**header["w"], "more": 1}}
+    twice = raw[8 : 8 + length].rstrip()[:-1] + b',".F32":0}'
+    more = {**header, ".F32": {**header[".F32"], "more": 1}}
     files = {
         "not JSON": len(twice).to_bytes(8, "little") + twice + data,
         "no more": seal(more, data),

@@ -146,6 +146,12 @@ def quantize(
     return QTensor(packed, shipped(format, qparams), format, granularity, tuple(x.shape), name)
 
 
+def codes_shape(shape: tuple[int, ...], bits: float) -> tuple[int, ...]:
+    """The shape of the codes, uint8, of an array of this shape."""
+    *outer, last = _rows(tuple(shape), bits)
+    return (*outer, row_bytes(last, bits))
+
+
 def _rows(shape: tuple[int, ...], bits: float) -> tuple[int, ...]:
     # Rows of whole bytes keep the shape (and what is sharded stays so), else nothing is wasted.
     return shape if shape and shape[-1] % lanes(bits) == 0 else (math.prod(shape),)

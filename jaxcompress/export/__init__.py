@@ -1,8 +1,9 @@
 """Shipping: packed checkpoints, files for other runtimes, and what those cost."""
 
+from jaxcompress.core.storage import container as container
+from jaxcompress.core.storage.container import FileSize
 from jaxcompress.export.benchmark import Measured, benchmark
 from jaxcompress.export.checkpoint import Checkpoint, file_size, load, save
-from jaxcompress.export.container import FileSize
 from jaxcompress.export.entropy import entropy_bytes
 from jaxcompress.export.litert import LiteRT, litert
 from jaxcompress.export.marks import mark_activations, mark_weights

@@ -3,20 +3,23 @@
 A file is a safetensors file. Each leaf `a/b/kernel` is one array of that name, or several:
 `.codes` and the fields of the format's qparams (`.scale`, `.zero_point`, `.exponent`, ...) of a
 `QTensor`, and `.values` or `.codes` and the positions of a `Masked`: `.mask`, a bitmask, or
-`.mask.pointers` and `.mask.indices`, or `.mask.offsets`, see core/sparse.py. The metadata say, for
-each packed leaf, `format|axes|group|shape|dtype` (and `|nnz` if masked, and `|positions` if they
-are no bitmask), e.g. `int4|-1||3x3x16x16|float32|230|csr:3`; tiles are a group `x128x128`. The
-metadata key `jaxcompress` is the version of this scheme, `crc32` the checksum of the header without
-it and of all data. The grids of activations lie in `activations.scale` and so on, a field of all
-grids one after the other; the metadata key `activations` lists `name|format|shape` of each, `;`
-between. A compressed file is all of that in one Zstandard frame.
+`.mask.pointers` and `.mask.indices`, or `.mask.offsets`, see core/sparse.py. Arrays below 4 KiB lie
+in pools, one for each dtype (`.F32`, `.U8`, see core/storage/container.py), in the order of their
+names. The metadata key `leaves` is a table of all leaves that are packed or lie in pools
+(core/storage/scheme.py): each scheme once, shapes, numbers of kept elements. The key `jaxcompress`
+is the version of all this, `crc32` the checksum of the header without it and of all data. The grids
+of activations lie in `activations.scale` and so on, a field of all grids one after the other; the
+metadata key `activations` says whose they are (core/storage/leaves.py). A compressed file is all of
+that in one Zstandard frame.
 
-Version 2 knew bitmasks alone; 3 is what is written.
+Version 4 is what is written. Versions 2 and 3 had every array under its own name and a scheme for
+each leaf (`leaf:NAME`); they are read.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,17 +29,21 @@ import numpy as np
 from jaxcompress.core.files import replacing
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, packed_bytes
 from jaxcompress.core.paths import leaves_with_paths, near_misses, refuse_twins
-from jaxcompress.export import container, container_read, zstd
-from jaxcompress.export.leaves import assemble, assemble_grids, disassemble, disassemble_grids
-from jaxcompress.export.scheme import (
-    parse_scheme,
+from jaxcompress.core.storage import Contents, container, contents
+from jaxcompress.core.storage.contents import ROOT, TAKEN, VERSION
+from jaxcompress.core.storage.leaves import (
+    assemble,
+    assemble_grids,
+    grid_avals,
+    parse_grids,
+    parse_old_grids,
+    part_avals,
 )
+from jaxcompress.core.storage.scheme import Scheme, parse_scheme, parse_table
+from jaxcompress.export import container_read, foreign, zstd
 from jaxcompress.formats import Format
 
-VERSION = "3"
-_READABLE = ("2", VERSION)  # 2 knew bitmasks alone
-_ROOT = "(array)"  # the name of a tree that is one array
-TAKEN = ("jaxcompress", "crc32", "activations")
+_OLD = ("2", "3")  # 2 knew bitmasks alone
 _GROWTH = 64  # more than 2 bits of a float32, sparse: unpacking it needs no permission
 
 
@@ -58,8 +65,10 @@ def save(
 ) -> container.FileSize:
     """Writes a packed tree (QTensor, Masked and plain arrays) to one file.
 
-    The payload is exactly `packed_bytes((params, activations))`; the file is of version 3 (above).
-    Nothing appears under `path` before it is whole.
+    The payload is exactly `packed_bytes((params, activations))`; the file is of version 4 (above).
+    Nothing appears under `path` before it is whole. Where an array spans processes
+    (`jax.distributed`), every process must call this alike: the arrays are gathered, process 0
+    writes the file, and all return when it is there.
 
     Args:
       path: conventionally `*.safetensors`.
@@ -77,11 +86,47 @@ def save(
       ValueError: two leaves have one path, or a key of `metadata` is taken; no such `compress`.
       TypeError: a leaf of a format without a name, or of a dtype the file cannot hold.
       ImportError: `compress` without zstandard.
+      OSError: it cannot be written; in every process that takes part.
     """
-    content, size = _encode(params, activations or {}, metadata or {}, compress)
+    if compress is not None:
+        zstd.level_of(compress)
+    found = contents(params, activations=activations, metadata=metadata)
+    if not _spans_processes((params, activations)):
+        return _write(path, found, compress)
+    from jax.experimental import multihost_utils
+
+    size, error = found.size, None
+    if jax.process_index() == 0:
+        try:
+            size = _write(path, found, compress)
+        except (OSError, ImportError) as raised:
+            error = raised
+    written = multihost_utils.broadcast_one_to_all(np.int64(-1 if error else size.file_bytes))
+    if error is not None:
+        raise error
+    if written < 0:
+        raise OSError(f"{path}: process 0 could not write it")
+    return size._replace(file_bytes=int(written))
+
+
+def _spans_processes(tree: Any) -> bool:
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return not all(array.is_fully_addressable for array in arrays)
+
+
+def _write(path: Any, found: Contents, compress: str | None) -> container.FileSize:
+    content, size = _encoded(found, compress)
     with replacing(path) as file:
         file.write(content)
     return size
+
+
+def _encoded(found: Contents, compress: str | None) -> tuple[bytes, container.FileSize]:
+    pieces, size = container.filled(found.arrays, found.header, found.entries)
+    if compress is None:
+        return b"".join(pieces), size
+    content = zstd.compress(pieces, compress)
+    return content, size._replace(file_bytes=len(content))
 
 
 def file_size(
@@ -91,54 +136,15 @@ def file_size(
     metadata: Mapping[str, str] | None = None,
     compress: str | None = None,
 ) -> container.FileSize:
-    """What `save` would write, without writing it.
+    """What `save` would write, without writing it; shapes and dtypes suffice without `compress`.
 
     >>> file_size({"w": jnp.zeros((8, 4))})
-    FileSize(file_bytes=248, header_bytes=120, payload_bytes=128)
+    FileSize(file_bytes=296, header_bytes=168, payload_bytes=128)
     """
-    return _encode(params, activations or {}, metadata or {}, compress)[1]
-
-
-def _encode(params, activations, metadata, codec) -> tuple[bytes, container.FileSize]:
-    if codec is not None:
-        zstd.level_of(codec)
-    arrays, schemes = disassemble_grids(activations)
-    flat = leaves_with_paths(params, is_leaf=is_packed)
-    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params, is_leaf=is_packed)):
-        flat = [(_ROOT, leaf) for _, leaf in flat]
-    refuse_names([name for name, _ in flat])
-    for name, leaf in flat:
-        parts, scheme = disassemble(name, leaf)
-        if clash := set(parts) & set(arrays):
-            raise ValueError(f"two leaves are named {sorted(clash)[0]!r}")
-        arrays |= parts
-        if scheme:
-            schemes["leaf:" + name] = scheme
-    for key, value in metadata.items():
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f"metadata must be strings, got {key!r}: {value!r}")
-        if key in TAKEN or key.startswith("leaf:"):
-            raise ValueError(f"metadata key {key!r} is taken by the file format")
-    pieces, size = container.encode_parts(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
-    assert size.payload_bytes == packed_bytes((params, dict(activations)))
-    if codec is None:
-        return b"".join(pieces), size
-    content = zstd.compress(pieces, codec)
-    return content, size._replace(file_bytes=len(content))
-
-
-def refuse_names(names: list[str]) -> None:
-    """Raises ValueError for names of leaves that cannot stand in one file."""
-    known = set(names)
-    for name in names:
-        if not name:
-            raise ValueError("a leaf is named '', which a file cannot hold; rename it")
-        if name == "__metadata__" or name.startswith("activations."):
-            raise ValueError(f"the name {name!r} is taken by the file format; rename the leaf")
-        parts = name.split("/")
-        for depth in range(1, len(parts)):
-            if (parent := "/".join(parts[:depth])) in known:
-                raise ValueError(f"leaf {name!r} lies below leaf {parent!r}; rename one")
+    if compress is not None:
+        zstd.level_of(compress)
+    found = contents(params, activations=activations, metadata=metadata)
+    return found.size if compress is None else _encoded(found, compress)[1]
 
 
 def load(
@@ -148,7 +154,7 @@ def load(
     formats: Iterable[Format] = (),
     max_bytes: int = container_read.MAX_BYTES,
 ) -> Checkpoint:
-    """Reads a packed file of version 2 or 3, compressed or not.
+    """Reads a packed file of version 2, 3 or 4, compressed or not.
 
     Strictly: a file that is not exactly what `save` writes is refused, before anything is
     allocated that it only claims to need.
@@ -171,28 +177,77 @@ def load(
         that `like` has; larger than `max_bytes` allows.
     """
     arrays, metadata = container_read.read(path, max_bytes=max_bytes)
-    if metadata.get("jaxcompress") not in _READABLE or "crc32" not in metadata:
-        found = metadata.get("jaxcompress", "none")
-        raise ValueError(
-            f"{path}: scheme version {found}, this program reads {' and '.join(_READABLE)} "
-            "with a checksum"
-        )
+    version = check_version(path, arrays, metadata)
     own = {format.name: format for format in formats}
-    schemes = {k[5:]: metadata.pop(k) for k in list(metadata) if k.startswith("leaf:")}
-    leaves, name = {}, "activations"
-    try:
-        grids = assemble_grids(metadata.get(name, ""), arrays, own)
-        for name, scheme in schemes.items():
-            leaves[name] = assemble(name, parse_scheme(scheme), arrays, own)
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-        scheme = schemes.get(name, metadata.get(name))
-        raise ValueError(f"{path}: {name}: its parts do not fit {scheme!r}: {error}") from error
-    leaves |= {name: _as_saved(array) for name, array in arrays.items()}
-    if "" in leaves:
+    grids, schemes, arrays = _read_schemes(path, version, arrays, metadata, own)
+    found: dict[str, Any] = {}
+    with _fitting(path, "activations", metadata.get("activations")):
+        activations = assemble_grids(grids, arrays, own)
+    for name, scheme in schemes.items():
+        with _fitting(path, name, scheme):
+            parsed = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+            found[name] = assemble(name, parsed, arrays, own)
+    found |= arrays
+    found = {name: x if is_packed(x) else _as_saved(x) for name, x in found.items()}
+    if "" in found:
         raise ValueError(f"{path}: holds a leaf without a name")
-    _refuse_growth(path, leaves, max_bytes)
-    params = _nest(path, leaves) if like is None else _into(path, leaves, like)
-    return Checkpoint(params, grids, {k: v for k, v in metadata.items() if k not in TAKEN})
+    _refuse_growth(path, found, max_bytes)
+    params = _nest(path, found) if like is None else _into(path, found, like)
+    return Checkpoint(params, activations, {k: v for k, v in metadata.items() if k not in TAKEN})
+
+
+def check_version(path: Any, names: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """The version of a packed file.
+
+    Raises:
+      ValueError: a file of another program, or of another version.
+    """
+    version = metadata.get("jaxcompress")
+    if version is None:
+        raise ValueError(f"{path}: {foreign.described(path, names, metadata)}")
+    if version not in (*_OLD, VERSION) or "crc32" not in metadata:
+        raise ValueError(
+            f"{path}: scheme version {version}, this program reads {', '.join(_OLD)} and "
+            f"{VERSION} with a checksum; a later version of jaxcompress may have written it"
+        )
+    return version
+
+
+def _read_schemes(path, version, arrays, metadata, own):
+    """Schemes of grids and of leaves, and all arrays by their own names."""
+    text = metadata.get("activations", "")
+    if version in _OLD:
+        with _fitting(path, "activations", text):
+            grids = parse_old_grids(text)
+        schemes: dict[str, str | Scheme] = {
+            key[5:]: metadata.pop(key) for key in list(metadata) if key.startswith("leaf:")
+        }
+        return grids, schemes, arrays
+    avals: dict[str, Any] = {}
+    with _fitting(path, "activations", text):
+        grids = parse_grids(text)
+        avals |= grid_avals(grids, own)
+    with _fitting(path, "its table of leaves", metadata.get("leaves", "")[:80]):
+        table = parse_table(metadata["leaves"]) if "leaves" in metadata else {}
+    for name, scheme in table.items():
+        with _fitting(path, name, scheme):
+            parts = part_avals(name, scheme, own)
+            if clash := set(parts) & set(avals):
+                raise ValueError(f"{sorted(clash)[0]!r} stands twice")
+            avals |= parts
+    with _fitting(path, "its pools", "the table of leaves"):
+        return grids, table, container.split_pools(arrays, avals)
+
+
+@contextlib.contextmanager
+def _fitting(path: Any, name: str, scheme: Any) -> Iterator[None]:
+    # Whatever a damaged or forged file may lead to is one error that names the file.
+    try:
+        yield
+    except (
+        KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{path}: {name}: its parts do not fit {scheme!r}: {error}") from error
 
 
 def _as_saved(array: np.ndarray) -> Any:
@@ -224,8 +279,8 @@ def _unpacked_bytes(leaf: Any) -> int:
 
 
 def _nest(path: Any, leaves: dict[str, Any]) -> Any:
-    if set(leaves) == {_ROOT}:
-        return leaves[_ROOT]
+    if set(leaves) == {ROOT}:
+        return leaves[ROOT]
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
@@ -240,7 +295,7 @@ def _nest(path: Any, leaves: dict[str, Any]) -> Any:
 
 def _into(path: Any, leaves: dict[str, Any], like: Any) -> Any:
     flat = leaves_with_paths(like, is_leaf=is_packed)
-    wanted = [name or _ROOT for name, _ in flat]
+    wanted = [name or ROOT for name, _ in flat]
     refuse_twins("like", wanted)
     if missing := [name for name in wanted if name not in leaves]:
         hint = near_misses(missing[0], leaves) or sorted(leaves)[:3]

@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxcompress.core.storage.container import DTYPES, Entry, Header, nbytes_of, open_checksum
 from jaxcompress.export import zstd
-from jaxcompress.export.container import DTYPES, Entry, Header, nbytes_of, open_checksum
+from jaxcompress.export.foreign import other_kind
 
 MAX_BYTES = 2**30  # of a compressed file when it is decompressed
 _MAX_HEADER = 100_000_000  # the limit of the format's own reader
@@ -127,7 +128,10 @@ def _parsed(path: Path, file: BinaryIO, size: int, on_disk: int) -> tuple[dict[s
     # The header, and where the data begin.
     if size < 8:
         raise ValueError(f"{path}: truncated: {size} bytes, less than the length field")
-    length = int.from_bytes(file.read(8), "little")
+    head = file.read(8)
+    if (kind := other_kind(head)) is not None:
+        raise ValueError(f"{path}: {kind}")
+    length = int.from_bytes(head, "little")
     # A header grows when it is parsed: one that compresses by more than 32 is no real one.
     if length > min(_MAX_HEADER, max(2**20, 32 * on_disk)) or 8 + length > size:
         raise ValueError(

@@ -19,7 +19,8 @@ import numpy as np
 from jaxcompress.core.files import replacing
 from jaxcompress.core.packed import unpack
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.export import container, container_read
+from jaxcompress.core.storage import container
+from jaxcompress.export import container_read
 from jaxcompress.export.lowered import lowered, port_names
 from jaxcompress.export.verify import (
     Verified,

@@ -22,10 +22,10 @@ import jaxcompress
 from jaxcompress.core.compressor import at_path
 from jaxcompress.core.packed import QTensor, packed_bytes
 from jaxcompress.core.paths import match_rules
-from jaxcompress.export import container
-from jaxcompress.export.checkpoint import TAKEN, VERSION, refuse_names
-from jaxcompress.export.leaves import disassemble
-from jaxcompress.export.scheme import FLOATS
+from jaxcompress.core.storage import container
+from jaxcompress.core.storage.contents import TAKEN, laid_out, refuse_names
+from jaxcompress.core.storage.leaves import disassemble
+from jaxcompress.core.storage.scheme import FLOATS
 from jaxcompress.export.stream_pack import Settings, calibrator, packed_shape, packed_slices
 from jaxcompress.export.stream_read import Source, Tensor, chunks, open_source, read_rows
 from jaxcompress.export.stream_write import Part, part_file
@@ -185,9 +185,9 @@ def _layout(
         if clash := set(parts) & set(arrays):
             raise ValueError(f"two leaves are named {sorted(clash)[0]!r}")
         arrays |= parts
-        if scheme:
-            schemes["leaf:" + name] = scheme
-    return container.layout(arrays, {"jaxcompress": VERSION, **metadata, **schemes})
+        schemes[name] = scheme
+    found = laid_out(arrays, schemes, metadata, own=metadata)
+    return found.header, found.entries
 
 
 def _fingerprint(source: Source, header: dict[str, Any], settings: str) -> str:

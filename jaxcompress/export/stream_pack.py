@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.packed import QTensor, quantize
-from jaxcompress.export.leaves import disassemble
+from jaxcompress.core.storage.leaves import disassemble
 from jaxcompress.formats import Format, Granularity, lanes, shipped
 from jaxcompress.quantize import kl, mse, octav, percentile
 from jaxcompress.quantize.calibrate import Calibrator, min_max, range_of, refuse_non_finite

@@ -5,22 +5,22 @@ A source is one file, a folder of shards, or the index that Hugging Face writes 
 pages of a map count as resident memory of the process.
 """
 
-import functools
 import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.core.compressor import is_absent
-from jaxcompress.export import container_read, positions, zstd
-from jaxcompress.export.scheme import Scheme, parse_scheme
-from jaxcompress.formats import parse, shipped
+from jaxcompress.core.pytrees import packed_bytes
+from jaxcompress.core.storage import container
+from jaxcompress.core.storage.contents import VERSION
+from jaxcompress.core.storage.leaves import grid_avals, parse_grids, part_avals
+from jaxcompress.core.storage.scheme import Scheme, parse_scheme, parse_table
+from jaxcompress.export import container_read, zstd
+from jaxcompress.export.checkpoint import check_version
 
 _CHUNK_BYTES = 2**24  # of a tensor that is copied
 _INDEX = ".safetensors.index.json"
@@ -167,35 +167,41 @@ def inspect(path: str | os.PathLike) -> list[Leaf]:
         in a format of your own, whose arrays only `export.load(formats=)` knows.
     """
     entries, metadata, _ = container_read.read_header(path)
-    sizes = {name: entry.last - entry.first for name, entry in entries.items()}
-    leaves = []
-    for key in [key for key in metadata if key.startswith("leaf:")]:
-        name, scheme = key[5:], metadata[key]
-        try:
-            leaves.append(_packed_leaf(name, parse_scheme(scheme), sizes))
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: {name}: does not fit {scheme!r}: {error}") from error
-    for name, stored_bytes in sizes.items():
-        dtype = entries[name].dtype.name
-        leaves.append(Leaf(name, dtype, entries[name].shape, dtype, stored_bytes, False))
+    sizes = {name: (e.dtype.name, e.shape, e.last - e.first) for name, e in entries.items()}
+    schemes: dict[str, str | Scheme] = {
+        key[5:]: text for key, text in metadata.items() if key.startswith("leaf:")
+    }
+    leaves, name = [], "its table of leaves"
+    try:
+        if "jaxcompress" in metadata:
+            version = check_version(path, entries, {"crc32": "", **metadata})
+            schemes |= _pooled(version, metadata, sizes)
+        for name, scheme in schemes.items():
+            scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+            avals = part_avals(name, scheme, {})
+            leaves.append(_packed_leaf(name, scheme, packed_bytes(avals)))
+            for part, aval in avals.items():
+                if not container.is_small(aval) or part in sizes:
+                    sizes.pop(part)
+    except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path}: {name}: does not fit {schemes.get(name)!r}: {error}") from error
+    leaves += [
+        Leaf(n, dtype, shape, dtype, size, False) for n, (dtype, shape, size) in sizes.items()
+    ]
     return sorted(leaves)
 
 
-def _packed_leaf(name: str, scheme: Scheme, sizes: dict[str, int]) -> Leaf:
-    parts = ["codes", *_field_names(scheme.format)] if scheme.format else ["values"]
-    names = [f"{name}.{part}" for part in parts]
-    if scheme.nnz is not None:
-        names += positions.part_names(name, scheme.shape, scheme.nnz, scheme.positions)
-    stored = [sizes.pop(part) for part in names]
+def _pooled(version: str, metadata: dict[str, str], sizes: dict[str, Any]) -> dict[str, Scheme]:
+    """The table of leaves; in `sizes`, arrays of activations take the place of the pools."""
+    if version != VERSION:
+        return {}
+    for pool in [name for name in sizes if name[1:] in container.DTYPES and name[0] == "."]:
+        del sizes[pool]
+    for name, aval in grid_avals(parse_grids(metadata.get("activations", "")), {}).items():
+        sizes[name] = (np.dtype(aval.dtype).name, aval.shape, packed_bytes(aval))
+    return parse_table(metadata["leaves"]) if "leaves" in metadata else {}
+
+
+def _packed_leaf(name: str, scheme: Scheme, stored_bytes: int) -> Leaf:
     format, sparse = scheme.format or scheme.dtype, scheme.nnz is not None
-    return Leaf(name, format, scheme.shape, scheme.dtype, sum(stored), sparse)
-
-
-@functools.lru_cache
-def _field_names(format_name: str) -> tuple[str, ...]:
-    format = parse(format_name)
-    ends = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    fields = jax.eval_shape(
-        lambda low, high: shipped(format, format.qparams(low, high)), ends, ends
-    )
-    return tuple(k for k, v in fields._asdict().items() if not is_absent(v)) if fields else ()
+    return Leaf(name, format, scheme.shape, scheme.dtype, stored_bytes, sparse)

@@ -22,7 +22,7 @@ try:
 except ImportError:  # not on Windows: there two runs of one target are not told apart
     fcntl = None
 
-from jaxcompress.export import container
+from jaxcompress.core.storage import container
 
 COMMIT_S = 1.0  # seconds between two commits, at least
 _CHUNK_BYTES = 2**24

@@ -12,12 +12,6 @@ from jaxcompress.core.packed import Masked
 from jaxcompress.core.sparse import Bitmask, Positions, Rows, positions_like
 
 
-def scheme(leaf: Masked) -> str:
-    """`nnz`, and `|form` where that is no bitmask."""
-    plain = isinstance(leaf.positions, Bitmask)
-    return f"{leaf.nnz}" if plain else f"{leaf.nnz}|{leaf.positions.name}"
-
-
 def parts(name: str, leaf: Masked) -> dict[str, Any]:
     """The arrays of the positions of a leaf by their names in the file."""
     return {
@@ -26,9 +20,16 @@ def parts(name: str, leaf: Masked) -> dict[str, Any]:
     }
 
 
-def part_names(name: str, shape: tuple[int, ...], nnz: int, form: str) -> list[str]:
-    """The names of these arrays, from what a scheme said."""
-    return list(_fields(name, positions_like(form, shape, nnz)))
+def avals(name: str, shape: tuple[int, ...], nnz: int, form: str) -> dict[str, Any]:
+    """Shapes and dtypes of these arrays by name, from what a scheme said.
+
+    Raises:
+      ValueError: no such form, or it does not go with the shape.
+    """
+    if max(shape, default=0) >= 2**31:
+        raise ValueError(f"an axis of {max(shape)} elements")
+    like = positions_like(form, shape, nnz)
+    return {part: getattr(like, field) for part, field in _fields(name, like).items()}
 
 
 def _fields(name: str, form: Positions) -> dict[str, str]:

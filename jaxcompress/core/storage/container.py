@@ -1,8 +1,13 @@
-"""The safetensors container: a JSON header and the bytes of named arrays; its reader is strict.
+"""The safetensors container: a JSON header and the bytes of named arrays.
 
 Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian length of the header,
-the header, the data. Written and read (container_read.py) with NumPy alone, since shipping must
-need no extra.
+the header, the data. Written and read (export/container_read.py) with NumPy alone, since shipping
+must need no extra.
+
+An entry of the header takes about 80 bytes, more than a small array does. Arrays below 4 KiB can
+lie in pools, therefore: one array for each dtype (`.F32`, `.U8`), which holds them one after the
+other in the order of their names. Who reads a pool must know names, dtypes and shapes from
+elsewhere.
 """
 
 import json
@@ -31,6 +36,8 @@ DTYPES: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+POOL = "."  # begins the name of a pool
+_SMALL_BYTES = 2**12
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
@@ -86,7 +93,13 @@ def encode_parts(
     arrays: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> tuple[list[bytes], FileSize]:
     """What `encode` gives, in parts: the header, then each array."""
-    header, entries = layout(arrays, metadata)
+    return filled(arrays, *layout(arrays, metadata))
+
+
+def filled(
+    arrays: Mapping[str, np.ndarray], header: dict[str, Any], entries: Mapping[str, Entry]
+) -> tuple[list[bytes], FileSize]:
+    """The parts of a file of arrays that `layout` has placed."""
     data = [np.ascontiguousarray(arrays[name]).tobytes() for name in entries]
     checksum = open_checksum(header)
     for part in data:
@@ -96,34 +109,91 @@ def encode_parts(
     return parts, FileSize(total, len(parts[0]), total - len(parts[0]))
 
 
+def is_small(array: Any) -> bool:
+    """Whether an array, or its shape and dtype, lies in a pool where there are pools."""
+    return nbytes_of(np.dtype(array.dtype), tuple(array.shape)) < _SMALL_BYTES
+
+
+def split_pools(
+    arrays: Mapping[str, np.ndarray], known: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """All arrays by their own names.
+
+    Args:
+      arrays: of a file.
+      known: shapes and dtypes by name; those that are small lie in pools.
+
+    Raises:
+      ValueError: a pool is missing, or of another size than its arrays.
+    """
+    pools = {POOL + name for name in DTYPES} & arrays.keys()
+    found = {name: array for name, array in arrays.items() if name not in pools}
+    ends = dict.fromkeys(pools, 0)
+    for name in sorted(name for name, aval in known.items() if is_small(aval)):
+        shape, pool = tuple(known[name].shape), POOL + dtype_name(name, known[name].dtype)
+        first, count = ends.get(pool, 0), math.prod(shape)
+        if name in found or pool not in pools or first + count > arrays[pool].size:
+            raise ValueError(f"{name!r} should lie in {pool!r}, which does not hold it")
+        found[name] = arrays[pool].reshape(-1)[first : first + count].reshape(shape)
+        ends[pool] = first + count
+    if left := [pool for pool, end in ends.items() if end != arrays[pool].size]:
+        raise ValueError(f"{left[0]!r} holds more than the leaves")
+    return found
+
+
+def dtype_name(name: str, dtype: Any) -> str:
+    """The name of a dtype in the format.
+
+    Raises:
+      TypeError: it has none.
+    """
+    if np.dtype(dtype) not in _NAMES:
+        raise TypeError(f"{name}: dtype {np.dtype(dtype)} has no name in the file format")
+    return _NAMES[np.dtype(dtype)]
+
+
 def layout(
-    arrays: Mapping[str, Any], metadata: Mapping[str, str]
+    arrays: Mapping[str, Any], metadata: Mapping[str, str], *, pooled: bool = False
 ) -> tuple[dict[str, Any], dict[str, Entry]]:
     """The header of a file that is to be written, and where each array will lie in its data.
 
     Args:
       arrays: arrays, or their shapes and dtypes (`jax.ShapeDtypeStruct`).
       metadata: strings; with any, the file has a checksum.
+      pooled: whether small arrays lie in pools; the header then has the pools, what is returned
+        beside it has the arrays.
 
     Raises:
       TypeError: an array's dtype has no name in the format.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     entries, offset = {}, 0
+    home = {
+        name: POOL + dtype_name(name, a.dtype) if pooled and is_small(a) else name
+        for name, a in arrays.items()
+    }
     # Wide elements first, so that each array is aligned for its type.
-    for name in sorted(arrays, key=lambda n: (-np.dtype(arrays[n].dtype).itemsize, n)):
+    key = lambda name: (-np.dtype(arrays[name].dtype).itemsize, home[name], name)
+    for name in sorted(arrays, key=key):
         dtype, shape = np.dtype(arrays[name].dtype), tuple(arrays[name].shape)
-        if dtype not in _NAMES:
-            raise TypeError(f"{name}: dtype {dtype} has no name in the file format")
         last = offset + nbytes_of(dtype, shape)
         entries[name] = Entry(dtype, shape, offset, last)
-        header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, last],
-        }
+        if home[name] == name:
+            header[name] = _described(name, dtype, shape, offset, last)
+        else:
+            first = header.get(home[name], {"data_offsets": [offset]})["data_offsets"][0]
+            whole = ((last - first) // dtype.itemsize,)
+            header[home[name]] = _described(name, dtype, whole, first, last)
         offset = last
     return header, entries
+
+
+def _described(name: str, dtype: np.dtype, shape: Any, first: int, last: int) -> dict[str, Any]:
+    return {
+        "dtype": dtype_name(name, dtype),
+        "shape": list(shape),
+        "data_offsets": [first, last],
+    }
 
 
 def open_checksum(header: dict[str, Any]) -> int:

@@ -1,0 +1,158 @@
+"""Headers are short, and sizes of files are known before they are written."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from _trees import bits_equal
+
+import jaxcompress as jc
+from experiments.models import digits, mlperf_tiny
+from jaxcompress.core.storage.scheme import parse_table, table_text
+from jaxcompress.export import file_size, load, save
+from jaxcompress.formats import integer
+
+pytestmark = pytest.mark.broad
+
+int8, int4 = (jc.quantize.weights(integer(bits), axis=-1) for bits in (8, 4))
+RULES = {
+    "int8": lambda: jc.by_path({".*kernel": int8}, default=jc.identity()),
+    "int4": lambda: jc.by_path({".*kernel": int4}, default=jc.identity()),
+    "sparse": lambda: jc.chain(jc.prune.magnitude(0.7), RULES["int4"]()),
+    "2:4": lambda: jc.chain(jc.prune.magnitude(structure=jc.prune.n_m(2, 4)), RULES["int8"]()),
+    "nf4": lambda: jc.by_path(
+        {".*kernel": jc.quantize.weights(jc.formats.nf4(), axis=-1)}, default=int8
+    ),
+    "float": jc.identity,
+}
+
+
+def normal(shapes):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), shapes)
+
+
+def variables(model, *shape):
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+NETWORKS = {
+    "DS-CNN": lambda: variables(mlperf_tiny.DSCNN(), 1, 49, 10, 1),
+    "digits": lambda: variables(digits.DigitsCNN(features=(16, 32), hidden=96), 1, 8, 8, 1),
+    "matrices": lambda: {"a/b c": jax.ShapeDtypeStruct((70, 90), jnp.bfloat16), "é{": {
+        "kernel": jax.ShapeDtypeStruct((30, 10), jnp.float32)},
+        "n": jax.ShapeDtypeStruct((5,), jnp.int32)},
+    "one array": lambda: jax.ShapeDtypeStruct((40, 60), jnp.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_size_of_a_file_is_predicted_exactly_from_shapes(tmp_path, network):
+    params = normal(NETWORKS[network]())
+    scale = jc.formats.QParams(jnp.float32(0.5))
+    grids = {f"tap {k}": jc.core.Grid(scale, integer(8)) for k in range(3)}
+    for rule in RULES:
+        if network in ("one array", "matrices") and rule not in ("float", "sparse"):
+            continue
+        recipe = RULES[rule]() if network != "one array" else jc.chain(jc.prune.magnitude(0.7), int4)
+        if network == "matrices":
+            recipe = jc.identity() if rule == "float" else jc.chain(jc.prune.magnitude(0.7), int8)
+        packed = recipe.pack(params, recipe.init(params))
+        shapes = jax.eval_shape(lambda p=packed: p)
+        for activations, metadata in (({}, {}), (grids, {"model": "a \"net\" {1}"})):
+            more = {"activations": activations, "metadata": metadata}
+            path = tmp_path / "p.safetensors"
+            size = save(path, packed, **more)
+            assert size == file_size(shapes, **more) == file_size(packed, **more)
+            assert size.file_bytes == os.path.getsize(path) == jc.core.file_bytes(shapes, **more)
+            assert size.payload_bytes == jc.packed_bytes((packed, activations))
+            if size.payload_bytes > 20_000:
+                assert size.header_bytes <= 0.08 * size.payload_bytes
+            found = load(path, like=packed if network == "one array" else None)
+            assert bits_equal(jax.tree.leaves(found.params), jax.tree.leaves(packed))
+            assert found.metadata == metadata and list(found.activations) == list(activations)
+            assert all(grid.format == integer(8) for grid in found.activations.values())
+            assert safetensors.numpy.load_file(path)
+
+
+def test_the_header_of_a_small_network_is_short():
+    params = normal(NETWORKS["DS-CNN"]())
+    recipe = RULES["int8"]()
+    size = file_size(recipe.pack(params, recipe.init(params)))
+    assert 20_000 < size.payload_bytes < 60_000
+    assert size.header_bytes <= 0.08 * size.payload_bytes
+    assert size.header_bytes < 2_000
+
+
+def test_files_of_the_former_version_are_larger_and_say_so(tmp_path):
+    (tmp_path / "p").write_bytes(b"")
+    save(tmp_path / "p", {"w": jnp.ones(3)})
+    raw = (tmp_path / "p").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert json.loads(raw[8 : 8 + length])["__metadata__"]["jaxcompress"] == "4"
+
+
+NAMES = ["a", "a b", "a{b}", "x;y|z", "50%", "é", 'q"uo\\te', "e=m&c>2,1", "new\nline", "%20"]
+
+
+def test_tables_come_back_whatever_the_names_are(tmp_path):
+    tree = {name: {inner: jnp.full(3, k, jnp.float32) for inner in NAMES[: 1 + k]}
+            for k, name in enumerate(NAMES)}  # fmt: skip
+    save(tmp_path / "p", tree)
+    assert bits_equal(load(tmp_path / "p").params, tree)
+    grids = {name: jc.core.Grid(jc.formats.QParams(jnp.float32(k + 1)), integer(8))
+             for k, name in enumerate(NAMES)}  # fmt: skip
+    save(tmp_path / "p", tree, activations=grids)
+    found = load(tmp_path / "p").activations
+    assert {n: float(g.qparams.scale) for n, g in found.items()} == dict(
+        zip(NAMES, range(1, 1 + len(NAMES)), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ">", ">a", ">a 3,", ">a 3 0", ">b 3,a 3", ">a 3}", ">a{b 3", ">a{}", ">a 03", "int4|>a 3 0",
+     ";int4|>a 3", ">a 3 1", "int4||||>a 3", ">a 3,a{b 3}", ">a%61 3", "int4|||float32>a 3", ">a{b 3}}"],
+)  # fmt: skip
+def test_tables_that_no_writer_makes_are_refused(text):
+    with pytest.raises((ValueError, IndexError)):
+        assert table_text(parse_table(text)) == text
+
+
+def test_a_budget_of_the_file_is_kept_to_the_byte(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {
+        f"layer{k}": {"kernel": jnp.asarray(rng.normal(size=(24, 24)), jnp.float32)} for k in range(5)
+    }  # fmt: skip
+    params["bias"] = jnp.ones(24)
+
+    def apply_fn(p, x):
+        for k in range(5):
+            x = jnp.tanh(x @ p[f"layer{k}"]["kernel"])
+        return x + p["bias"]
+
+    x = jnp.asarray(rng.normal(size=(16, 24)), jnp.float32)
+    search = jc.search.Search(
+        apply_fn, params, [(x,)], device="stm32l4r5",
+        options=jc.search.integer_options((2, 4, 8)), fitted=False,
+    )  # fmt: skip
+    least = None
+    for limit in (4400, 3600, 3000, 2600):
+        plan = search.plans(jc.Budget(file_bytes=limit), candidates=4)[0]
+        found = search.apply(plan)
+        size = save(tmp_path / "p", found.packed, activations=found.grids)
+        assert plan.predicted["file_bytes"] == found.plan.predicted["file_bytes"]
+        assert size.file_bytes == os.path.getsize(tmp_path / "p") == plan.predicted["file_bytes"]
+        assert size.file_bytes <= limit
+        assert size.payload_bytes - jc.packed_bytes(found.grids) == jc.packed_bytes(found.packed)
+        least = size.file_bytes
+    # To the byte: what the smallest plan takes is enough, one byte less than all int2 is not.
+    smallest = search.apply(search.uniform("int2"))
+    exact = file_size(smallest.packed, activations=smallest.grids).file_bytes
+    assert search.plans(jc.Budget(file_bytes=exact))[0].predicted["file_bytes"] == exact <= least
+    with pytest.raises(jc.search.Infeasible, match="file_bytes"):
+        search.plans(jc.Budget(file_bytes=exact - 1))
