@@ -22,6 +22,7 @@ from jaxcompress.core.packed import (
 from jaxcompress.core.paths import leaves_with_paths, match_rules, near_misses, path_str
 from jaxcompress.core.smallest import smallest_form
 from jaxcompress.core.sparse import Bitmask, Groups, Positions, Rows
+from jaxcompress.core.storage import file_bytes
 
 __all__ = [
     "Bitmask",
@@ -38,6 +39,7 @@ __all__ = [
     "chain",
     "condense",
     "condensed_matmul",
+    "file_bytes",
     "identity",
     "is_float_array",
     "is_packed",

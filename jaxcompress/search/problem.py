@@ -19,7 +19,10 @@ class Budget:
     """Most that a network may cost; None: no limit.
 
     Attributes:
-      weight_bytes, macs, latency_s, energy_j: limits of sums over the sites.
+      weight_bytes, macs, latency_s, energy_j: limits of sums over the sites; `weight_bytes` is the
+        payload: codes, scales, positions of all weights, without the header of a file.
+      file_bytes: limit of the file that `export.save` writes of the packed network and the grids
+        of its activations (no metadata, not compressed), header included.
       peak_bytes: limit of a maximum, the most bytes that are live at once.
       others: limits of any further costs, by name; sums.
 
@@ -35,6 +38,7 @@ class Budget:
     latency_s: float | None = None
     energy_j: float | None = None
     macs: float | None = None
+    file_bytes: float | None = None
     others: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ import jax
 
 from jaxcompress.core.packed import Grid, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths, match_rules
+from jaxcompress.core.storage import file_bytes
 from jaxcompress.cost.device import Device
 from jaxcompress.cost.estimate import estimate
 from jaxcompress.cost.result import Cost
@@ -22,14 +23,16 @@ from jaxcompress.graph.unentered import report, silent
 from jaxcompress.quantize.activations import activations as quantize_activations
 from jaxcompress.quantize.activations import calibrate_activations, with_activations
 from jaxcompress.quantize.ptq import Spec
-from jaxcompress.search.allocation import allocate, rerank
+from jaxcompress.search.allocation import Infeasible, Solution, allocate, rerank
 from jaxcompress.search.evaluator import Evaluator, weight_leaves
+from jaxcompress.search.file_bytes import FileBytes, file_sums
 from jaxcompress.search.measured import Metric, Sensitivity
 from jaxcompress.search.options import Option, as_options, stored
 from jaxcompress.search.plan import Plan
 from jaxcompress.search.problem import PEAK, Budget, Choice, Problem
 
 COSTS = ("weight_bytes", "latency_s", "energy_j", "macs")
+FILE = "file_bytes"
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Search:
             self._packed[name] = made.pack(weights, state)
         self.problem = self._costs()
         if budget is not None:
-            allocate(self.problem, budget)
+            self._allocated(budget, 1)
         self._evaluator = Evaluator(
             apply_fn,
             params,
@@ -164,7 +167,7 @@ class Search:
         Raises:
           ValueError: no plan meets the budget; with the least possible of every cost.
         """
-        found = allocate(self.problem, budget, k=candidates)
+        found = self._allocated(budget, candidates)
         return [
             Plan(
                 dict(solution.chosen),
@@ -177,6 +180,30 @@ class Search:
             for solution in rerank(found, self.measure)
         ]
 
+    def _allocated(self, budget: Budget, count: int) -> list[Solution]:
+        """The best choices; the sizes of their files are exact."""
+        try:
+            return [self._exact(solution) for solution in allocate(self.problem, budget, k=count)]
+        except Infeasible as error:
+            if budget.file_bytes is None:
+                raise
+            # The sum is a bound, some bytes above the file: what may fit is tried.
+            fixed = {**self.problem.fixed, FILE: self._files.least}
+            below = dataclasses.replace(self.problem, fixed=fixed)
+            tried = [self._exact(s) for s in allocate(below, budget, k=max(count, 32))]
+            found = [s for s in tried if s.costs[FILE] <= budget.file_bytes]
+            if not found:
+                least = min(s.costs[FILE] for s in tried)
+                raise Infeasible(
+                    f"no choice meets the budget: {FILE}: the limit is {budget.file_bytes:g}, the "
+                    f"smallest file found has {least:g}"
+                ) from error
+            return found[:count]
+
+    def _exact(self, solution: Solution) -> Solution:
+        size = file_bytes(self._assembled(solution.chosen), activations=self._shapes)
+        return dataclasses.replace(solution, costs={**solution.costs, FILE: size})
+
     def measure(self, chosen: Mapping[str, str]) -> float:
         """The metric of {site: option}, activations as they were; other sites stay."""
         return self._evaluator.measure(chosen)[self.metric]
@@ -185,8 +212,9 @@ class Search:
         """The plan of one option for all sites, measured."""
         chosen = dict.fromkeys(self.sites, option)
         loss = sum(self.problem.sites[site][option].loss for site in self.sites)
+        whole = self._exact(Solution(chosen, loss, self.problem.costs(chosen)))
         return Plan(
-            chosen, self.activations, self.device_name, self.problem.costs(chosen), loss,
+            chosen, self.activations, self.device_name, whole.costs, loss,
             {self.metric: self.measure(chosen)},
         )  # fmt: skip
 
@@ -209,6 +237,7 @@ class Search:
         grids = self._grids(unpack(packed), form)
         cost = self._cost(packed, form)
         predicted = {name: getattr(cost, name) for name in (*COSTS, PEAK)}
+        predicted[FILE] = file_bytes(packed, activations=grids)
         return Compressed(
             dataclasses.replace(plan, predicted=predicted), packed, grids, cost, self.apply_fn
         )
@@ -230,6 +259,15 @@ class Search:
         with silent():
             return calibrate_activations(quantizer, view, self.batches)
 
+    def _grid_shapes(self) -> dict[str, Grid]:
+        """Shapes of the grids of the activations."""
+        if self.form is None:
+            return {}
+        quantizer = quantize_activations(self.apply_fn, self.form)
+        made = lambda params, *inputs: quantizer.grids(quantizer.init(params, *inputs))
+        with silent():
+            return jax.eval_shape(made, self.params, *self.batches[0])
+
     def _cost(self, packed: Any, form: Format | None) -> Cost:
         with silent():
             return estimate(
@@ -246,6 +284,8 @@ class Search:
     def _costs(self) -> Problem:
         """Without losses; costs of a site are those of its layers where all have the option."""
         choices: dict[str, dict[str, Choice]] = {site: {} for site in self.sites}
+        self._shapes = self._grid_shapes()
+        self._files: FileBytes = file_sums(self._packed, self.sites, self._shapes)
         fixed = dict.fromkeys((*COSTS, PEAK), 0.0)
         for option, tree in self._packed.items():
             cost = self._cost(tree, self.form)
@@ -260,7 +300,8 @@ class Search:
                 if costs is not None:
                     costs[PEAK] = max(costs[PEAK], layer.live_bytes)
             for site in self.sites:
-                choices[site][option] = Choice(0.0, own[site])
+                size = {FILE: self._files.sites[site][option]}
+                choices[site][option] = Choice(0.0, {**own[site], **size})
             # Of what is no site, the most under any option: sums may not fall short.
             fixed = {n: max(v, rest.get(n, cost.peak_bytes)) for n, v in fixed.items()}
-        return Problem(choices, fixed=fixed)
+        return Problem(choices, fixed={**fixed, FILE: self._files.most})
