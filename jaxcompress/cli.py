@@ -11,6 +11,7 @@ jaxcompress bench float32.onnx model.onnx model.tflite
 import argparse
 import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -20,6 +21,8 @@ from typing import Any
 
 from jaxcompress import cli_models, cost, formats
 from jaxcompress.core.paths import near_misses
+from jaxcompress.export import foreign
+from jaxcompress.export.container_read import read_header
 from jaxcompress.export.stream import Progress, StreamReport, quantize_file
 from jaxcompress.export.stream_read import inspect
 
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status.
 
     0: done. 2: what the user gave cannot be done, with one line `error: ...` on standard error
-    (`python -X dev` shows where). 130: stopped by Ctrl-C.
+    (`python -X dev` shows where). 130: stopped by Ctrl-C. 141: nobody reads on, as under `head`.
     """
     parser = _parser()
     try:
@@ -39,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has enough, `| head -1` say
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a program that SIGPIPE ends
     except (ValueError, TypeError, OSError) as error:
         if sys.flags.dev_mode:
             raise
@@ -221,6 +229,10 @@ def _inspect(args: argparse.Namespace) -> None:
             print("\n".join(f"{name:12} {key!s:32} {count}".rstrip() for key, count in rows))
         return
     leaves = inspect(args.file)
+    header = read_header(args.file)
+    if "jaxcompress" not in header.metadata:
+        kind = foreign.described(Path(args.file), header.entries, header.metadata)
+        print(f"{args.file}: {kind}", file=sys.stderr)
     if args.json:
         rows = [{**leaf._asdict(), "bits_per_weight": leaf.bits_per_weight} for leaf in leaves]
         print(json.dumps({"leaves": rows, "payload_bytes": sum(x.stored_bytes for x in leaves)}))

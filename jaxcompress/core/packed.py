@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxcompress.core.meshes import on_any_mesh
-from jaxcompress.core.pytrees import packed_bytes, pytree
+from jaxcompress.core.pytrees import host, packed_bytes, pytree
 from jaxcompress.core.smallest import for_any_mask, smallest_form
 from jaxcompress.core.sparse import Bitmask, Positions
 from jaxcompress.formats import (
@@ -287,7 +287,7 @@ def _values_bytes(nnz: int, dense_leaf: Any) -> int:
 
 
 def _host_mask(mask: Any, leaf: Any) -> np.ndarray:
-    return np.broadcast_to(np.asarray(mask, bool), leaf.shape)
+    return np.broadcast_to(host(mask).astype(bool), leaf.shape)
 
 
 def mask_leaf(mask: Array | np.ndarray, leaf: Any) -> Any:
@@ -295,7 +295,8 @@ def mask_leaf(mask: Array | np.ndarray, leaf: Any) -> Any:
 
     Gives a `Masked` with the smallest storage of the positions, or the leaf itself where that is
     not larger. The elements left out must be zero already. How many are kept, and where, decides
-    the form, so the mask must be concrete.
+    the form, so the mask must be concrete. Of arrays that span processes every process gets the
+    same `Masked`, whole: all of them must call this alike.
 
     Raises:
       TypeError: the mask is traced (`pack` of a pruned leaf was called under `jit`).
@@ -315,9 +316,9 @@ def mask_leaf(mask: Array | np.ndarray, leaf: Any) -> Any:
     if packed_bytes(form) + least >= packed_bytes(leaf):
         return leaf
     if isinstance(leaf, QTensor):
-        codes = jnp.asarray(np.asarray(unsigned_codes(leaf)).reshape(-1)[flat])
+        codes = jnp.asarray(host(unsigned_codes(leaf)).reshape(-1)[flat])
         values = dataclasses.replace(leaf, codes=pack_bits(codes, leaf.format.bits))
     else:
-        values = jnp.asarray(np.asarray(leaf).reshape(-1)[flat])
+        values = jnp.asarray(host(leaf).reshape(-1)[flat])
     name = jnp.dtype(leaf.dtype).name
     return Masked(form.pack(concrete), values, tuple(leaf.shape), name, nnz)

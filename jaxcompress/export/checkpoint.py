@@ -139,7 +139,7 @@ def file_size(
     """What `save` would write, without writing it; shapes and dtypes suffice without `compress`.
 
     >>> file_size({"w": jnp.zeros((8, 4))})
-    FileSize(file_bytes=296, header_bytes=168, payload_bytes=128)
+    FileSize(file_bytes=272, header_bytes=144, payload_bytes=128)
     """
     if compress is not None:
         zstd.level_of(compress)

@@ -35,6 +35,10 @@ DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "C64": np.complex64,
 }
 POOL = "."  # begins the name of a pool
 _SMALL_BYTES = 2**12

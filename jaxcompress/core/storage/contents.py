@@ -102,7 +102,7 @@ def file_bytes(
 
     >>> import jax.numpy as jnp
     >>> file_bytes({"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)})
-    296
+    272
     """
     return contents(params, activations=activations, metadata=metadata).size.file_bytes
 
