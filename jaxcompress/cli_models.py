@@ -113,16 +113,26 @@ def shaped(text: str) -> jax.ShapeDtypeStruct:
 
 
 def _opened(args: argparse.Namespace) -> tuple[Callable[..., Any], Checkpoint, list[Any]]:
-    return function(args.model), load(args.file), [shaped(text) for text in args.input]
+    # What is quick to see comes first: a wrong flag is said before anything is read or run.
+    inputs = [shaped(text) for text in args.input]
+    _check_files(args.file)
+    return function(args.model), load(args.file), inputs
+
+
+def _check_files(*files: str) -> None:
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file}: no such file")
 
 
 def _cost(args: argparse.Namespace) -> None:
+    device = cost.device(args.device)
     fn, packed, inputs = _opened(args)
     forms = {grid.format for grid in packed.activations.values()}
     if len(forms) > 1:
         raise ValueError(f"{args.file}: activations of several formats: {sorted(map(str, forms))}")
     form = next(iter(forms), None)
-    found = cost.estimate(fn, packed.params, *inputs, device=args.device, activations=form)
+    found = cost.estimate(fn, packed.params, *inputs, device=device, activations=form)
     if not args.json:
         print(found)
         return
@@ -133,12 +143,15 @@ def _cost(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from jaxcompress import export
 
-    fn, packed, inputs = _opened(args)
     suffix = Path(args.target).suffix
     if suffix not in (".onnx", ".tflite", ".stablehlo"):
         raise ValueError(f"target must be *.onnx, *.tflite or *.stablehlo, got {args.target!r}")
     if args.dynamic and (args.integers or suffix == ".stablehlo"):
         raise ValueError("--dynamic is for *.onnx and *.tflite, without --integers")
+    if Path(args.target).is_dir() or Path(args.target).resolve() == Path(args.file).resolve():
+        raise ValueError(f"target {args.target!r} is a folder, or the file that is read")
+    _check_files(*filter(None, [args.integers]))
+    fn, packed, inputs = _opened(args)
     if args.integers:
         program = _program(fn, packed, args.integers)
         write = {".onnx": export.onnx, ".tflite": export.litert, ".stablehlo": export.stablehlo}
@@ -209,6 +222,13 @@ def _bench(args: argparse.Namespace) -> None:
     from jaxcompress.export.benchmark import benchmark, outputs
     from jaxcompress.export.sessions import session
 
+    for name in ("threads", "repeats", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for file in args.files:
+        if Path(file).suffix not in (".onnx", ".tflite", ".stablehlo"):
+            raise ValueError(f"{file}: bench reads *.onnx, *.tflite and *.stablehlo")
+    _check_files(*args.files, *filter(None, [args.inputs]))
     inputs, reference = [], None
     if args.inputs:
         inputs = [np.load(args.inputs, allow_pickle=False)]

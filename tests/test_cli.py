@@ -17,6 +17,7 @@ from _trees import bits_equal
 
 import jaxcompress as jc
 from jaxcompress.cli import main
+from jaxcompress.core.storage.container import of_bytes
 from jaxcompress.export import container, load, save, stream_pack, stream_write
 from jaxcompress.export.stream import quantize_file
 from jaxcompress.export.stream_read import inspect, open_source
@@ -529,3 +530,107 @@ def test_devices_help_and_ctrl_c(tmp_path, source, capsys, monkeypatch):
     monkeypatch.setattr("jaxcompress.cli.quantize_file", stop)
     assert main(["quantize", str(source), str(tmp_path / "out"), "--format", "int4"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_tensors_of_every_dtype_of_the_format_are_copied(tmp_path):
+    sizes = {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+             "C64": 64, "U16": 16, "BF16": 16}  # fmt: skip
+    rng, header, data = np.random.default_rng(0), {}, b""
+    for name, bits in sizes.items():
+        for rows in (2, 700):  # in pools, and under their own names
+            part = rng.bytes(rows * 8 * bits // 8)
+            place = [len(data), len(data) + len(part)]
+            shape = {"shape": [rows, 8], "data_offsets": place}
+            header[f"{name}.{rows}"] = {"dtype": name, **shape}
+            data += part
+    kernel = rng.normal(size=(4, 8)).astype(np.float32).tobytes()
+    place = [len(data), len(data) + len(kernel)]
+    header["w"] = {"dtype": "F32", "shape": [4, 8], "data_offsets": place}
+    text = json.dumps(header).encode()
+    (tmp_path / "in").write_bytes(len(text).to_bytes(8, "little") + text + data + kernel)
+    how = ["--format", "int8", "--exclude", "BF16.*"]
+    assert main(["quantize", str(tmp_path / "in"), str(tmp_path / "out"), *how]) == 0
+    found = load(tmp_path / "out").params
+    for name, entry in header.items():
+        if name != "w":
+            first, last = entry["data_offsets"]
+            array = np.asarray(found[name])
+            assert container.to_bytes(array) == data[first:last], name
+            assert list(array.shape) == entry["shape"]
+    save(tmp_path / "again", found)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "out").read_bytes()
+    # The known codes of the smallest format, the first element in the low bits: 0.5, -6.
+    four = of_bytes(np.array([0xF1], np.uint8), np.dtype("float4_e2m1fn"), (2,))
+    assert four.astype(np.float32).tolist() == [0.5, -6.0]
+    rows = {leaf.name: leaf.stored_bytes for leaf in inspect(tmp_path / "out")}
+    assert rows["F6_E2M3.700"] == 700 * 8 * 6 // 8 and rows["F4.2"] == 8
+
+
+FOREIGN = {
+    "plain": (["model.embed.weight", "model.norm.weight"], "a plain safetensors file of 2 tensors"),
+    "gptq": (["q.qweight", "q.qzeros", "q.scales", "q.g_idx"], "a GPTQ checkpoint"),
+    "awq": (["q.qweight", "q.qzeros", "q.scales"], "an AWQ or GPTQ checkpoint"),
+    "compressed-tensors": (["q.weight_packed", "q.weight_scale"], "a compressed-tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_of_others_are_named_with_what_to_do(tmp_path, capsys, kind):
+    names, message = FOREIGN[kind]
+    path = tmp_path / "f.safetensors"
+    safetensors.numpy.save_file({name: np.ones((2, 2), np.float32) for name in names}, path)
+    with pytest.raises(ValueError, match=f"f.safetensors: it is {message}.*jaxcompress quantize"):
+        load(path)
+    how = ["--model", "math:sqrt", "--input", "float32[1,2]", "--device", "stm32l4r5"]
+    assert main(["cost", str(path), *how]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["inspect", str(path)]) == 0
+    seen = capsys.readouterr()
+    assert message in seen.err and names[0] in seen.out
+
+
+def test_files_that_are_no_safetensors_are_named(tmp_path, capsys):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(100))
+    (tmp_path / "m.bin").write_bytes(b"PK\x03\x04" + bytes(range(200)))
+    for name, message in (("m.gguf", "it is a GGUF file"), ("m.bin", "a zip archive")):
+        with pytest.raises(ValueError, match=f"{name}: .*{message}.*jaxcompress quantize"):
+            load(tmp_path / name)
+        assert main(["inspect", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly(tmp_path):
+    save(tmp_path / "p", {f"leaf {k}": np.ones(3, np.float32) for k in range(20_000)})
+    command = f"{sys.executable} -m jaxcompress inspect {tmp_path / 'p'} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("name") and done.stdout.count("\n") == 1 and not done.stderr
+
+
+def never(*arguments):
+    raise AssertionError("the model was built before the arguments were checked")
+
+
+COST = ["cost", "{p}", "--model", "test_cli:never()", "--input", "float32[1,3]"]
+EXPORT = ["export", "{p}", "--model", "test_cli:never()", "--input", "float32[1,3]"]
+WRONG = {
+    "device": ([*COST, "--device", "stm32l4"], "unknown device 'stm32l4'"),
+    "input": ([*COST[:-1], "float33[1]", "--device", "stm32l4r5"], "--input must be DTYPE"),
+    "no file": (["cost", "{p}x", *COST[2:], "--device", "stm32l4r5"], "px: no such file"),
+    "target": ([*EXPORT, "{p}.pb"], "target must be"),
+    "target is source": ([*EXPORT[:1], "{p}.onnx", *EXPORT[2:], "{p}.onnx"], "the file that is"),
+    "dynamic": ([*EXPORT, "{p}.stablehlo", "--dynamic"], "--dynamic is for"),
+    "calibration": ([*EXPORT, "{p}.onnx", "--integers", "no.npy"], "no.npy: no such file"),
+    "threads": (["bench", "{p}.onnx", "--threads", "0"], "--threads must be at least 1, got 0"),
+    "kind": (["bench", "{p}.pt"], "bench reads"),
+    "second file": (["bench", "{p}.onnx", "{p}.tflite"], "p.tflite: no such file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_are_checked_before_anything_is_read_or_run(tmp_path, capsys, case):
+    path = str(tmp_path / "p")
+    save(path, {"w": jnp.ones(3)})
+    (tmp_path / "p.onnx").write_bytes(b"none")
+    arguments, message = WRONG[case]
+    assert main([a.replace("{p}", path) for a in arguments]) == 2
+    assert message in capsys.readouterr().err

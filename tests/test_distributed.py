@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from _xla import COMPILE_QUICKLY
 
+import jaxcompress as jc
+
 pytestmark = pytest.mark.broad
 
 CHILD = """
@@ -59,8 +61,69 @@ if index == 0:
 """
 
 
+PACKED = """
+import os, sys
+import jax, numpy as np
+import jax.numpy as jnp
+folder, processes, index, _, port = sys.argv[1], *map(int, sys.argv[2:])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+if processes > 1:
+    jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
+import jaxcompress as jc
+
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+axes = {"a": ("data",), "b": (None, "data"), "c": ()}
+rng = np.random.default_rng(0)
+params = {
+    name: jc.train.place(
+        rng.normal(size=shape).astype(np.float32),
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes[name])),
+    )
+    for name, shape in {"a": (8, 200), "b": (64, 6), "c": (6,)}.items()
+}
+assert params["a"].is_fully_addressable == (processes == 1)
+int8 = jc.quantize.weights(jc.formats.integer(8), axis=-1)
+recipes = {
+    "plain": jc.identity(),
+    "int4": jc.quantize.weights(jc.formats.integer(4), axis=-1),
+    "lsq": jc.quantize.lsq(4, axis=-1),
+    "sparse": jc.chain(jc.prune.magnitude(0.7), int8),
+    "sparse float": jc.prune.magnitude(0.97),
+}
+for name, recipe in recipes.items():
+    packed = recipe.pack(params, recipe.update(params, recipe.init(params)))
+    size = jc.export.save(f"{folder}/{name}", packed, activations={}, metadata={"of": name})
+    assert size.file_bytes == os.path.getsize(f"{folder}/{name}")  # in every process
+try:
+    jc.export.save(f"/dev/null/{name}", params)
+    raise SystemExit("written below a file")
+except OSError as error:
+    assert "process 0 could not" in str(error) or index == 0, error
+"""
+
+
+def test_two_processes_write_the_packed_files_of_one(tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        run(PACKED, tmp_path / name, processes)
+    files = sorted(os.listdir(tmp_path / "one"))
+    assert len(files) == 5 and files == sorted(os.listdir(tmp_path / "two"))
+    for name in files:
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+        assert one == two, name
+        assert jc.export.load(tmp_path / "two" / name).metadata == {"of": name}
+
+
 def train(folder, processes, steps):
     """The state and the log after `steps`, by processes with two devices between them."""
+    run(CHILD, folder, processes, steps)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    with np.load(folder / "state.npz") as file:
+        return dict(file), rows
+
+
+def run(code, folder, processes, steps=0):
+    """Runs code in processes that have two devices between them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +131,7 @@ def train(folder, processes, steps):
     devices = f"--xla_force_host_platform_device_count={2 // processes}"
     env["XLA_FLAGS"] = f"{COMPILE_QUICKLY} {devices}"
     env["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "programs")
-    command = [sys.executable, "-c", CHILD, str(folder), str(processes)]
+    command = [sys.executable, "-c", code, str(folder), str(processes)]
     children = [
         subprocess.Popen(
             [*command, str(index), str(steps), str(port)],
@@ -85,9 +148,6 @@ def train(folder, processes, steps):
     finally:
         for child in children:
             child.kill()
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    with np.load(folder / "state.npz") as file:
-        return dict(file), rows
 
 
 def test_two_processes_train_and_resume_to_the_state_of_one(tmp_path):

@@ -251,8 +251,10 @@ def _fitting(path: Any, name: str, scheme: Any) -> Iterator[None]:
 
 
 def _as_saved(array: np.ndarray) -> Any:
-    # JAX would cut 64-bit numbers in half without jax_enable_x64: they stay NumPy arrays then.
-    same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    # JAX would cut 64-bit numbers in half without jax_enable_x64, and XLA has no numbers of 6 bits:
+    # these stay NumPy arrays.
+    same = "float6_" not in array.dtype.name
+    same = same and jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
     return jnp.asarray(array) if same else array
 
 

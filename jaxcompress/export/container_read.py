@@ -10,7 +10,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxcompress.core.storage.container import DTYPES, Entry, Header, nbytes_of, open_checksum
+from jaxcompress.core.storage.container import (
+    DTYPES,
+    Entry,
+    Header,
+    nbytes_of,
+    of_bytes,
+    open_checksum,
+)
 from jaxcompress.export import zstd
 from jaxcompress.export.foreign import other_kind
 
@@ -91,7 +98,7 @@ def _array(path: Path, name: str, entry: Entry, data: memoryview) -> np.ndarray:
     flat = np.frombuffer(data[entry.first : entry.last], np.uint8)
     if entry.dtype == np.bool_ and flat.max(initial=0) > 1:
         raise _damaged(path, f"{name!r} holds bytes that are neither true nor false")
-    return flat.view(entry.dtype).reshape(entry.shape)
+    return of_bytes(flat, entry.dtype, entry.shape)
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
@@ -129,11 +136,11 @@ def _parsed(path: Path, file: BinaryIO, size: int, on_disk: int) -> tuple[dict[s
     if size < 8:
         raise ValueError(f"{path}: truncated: {size} bytes, less than the length field")
     head = file.read(8)
-    if (kind := other_kind(head)) is not None:
-        raise ValueError(f"{path}: {kind}")
     length = int.from_bytes(head, "little")
     # A header grows when it is parsed: one that compresses by more than 32 is no real one.
     if length > min(_MAX_HEADER, max(2**20, 32 * on_disk)) or 8 + length > size:
+        if (kind := other_kind(head)) is not None:
+            raise ValueError(f"{path}: {kind}")
         raise ValueError(
             f"{path}: truncated or not a packed file: the header should have {length} bytes, "
             f"{size - 8} are there"

@@ -37,7 +37,7 @@ class Tensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return container.nbytes_of(self.dtype, self.shape)
 
 
 class Source(NamedTuple):

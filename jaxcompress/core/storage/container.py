@@ -39,7 +39,12 @@ DTYPES: dict[str, Any] = {
     "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
     "C64": np.complex64,
+    "F4": ml_dtypes.float4_e2m1fn,
+    "F6_E2M3": ml_dtypes.float6_e2m3fn,
+    "F6_E3M2": ml_dtypes.float6_e3m2fn,
 }
+# Elements take a byte in memory, and these bits in a file, the first ones in the lowest bits.
+_BITS = {np.dtype(DTYPES[name]): bits for name, bits in (("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6))}
 POOL = "."  # begins the name of a pool
 _SMALL_BYTES = 2**12
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -104,7 +109,7 @@ def filled(
     arrays: Mapping[str, np.ndarray], header: dict[str, Any], entries: Mapping[str, Entry]
 ) -> tuple[list[bytes], FileSize]:
     """The parts of a file of arrays that `layout` has placed."""
-    data = [np.ascontiguousarray(arrays[name]).tobytes() for name in entries]
+    data = [to_bytes(arrays[name]) for name in entries]
     checksum = open_checksum(header)
     for part in data:
         checksum = zlib.crc32(part, checksum)
@@ -186,7 +191,7 @@ def layout(
             header[name] = _described(name, dtype, shape, offset, last)
         else:
             first = header.get(home[name], {"data_offsets": [offset]})["data_offsets"][0]
-            whole = ((last - first) // dtype.itemsize,)
+            whole = ((last - first) * 8 // _bits(dtype),)
             header[home[name]] = _described(name, dtype, whole, first, last)
         offset = last
     return header, entries
@@ -220,7 +225,29 @@ def seal(header: dict[str, Any], checksum: int) -> bytes:
 
 def nbytes_of(dtype: np.dtype, shape: tuple[int, ...]) -> int:
     """Bytes of an array."""
-    return math.prod(shape) * dtype.itemsize
+    return -(-math.prod(shape) * _bits(dtype) // 8)
+
+
+def _bits(dtype: np.dtype) -> int:
+    return _BITS.get(dtype, 8 * dtype.itemsize)
+
+
+def to_bytes(array: np.ndarray) -> bytes:
+    """An array as it lies in a file."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    if flat.dtype not in _BITS:
+        return flat.tobytes()
+    bits = np.unpackbits(flat.view(np.uint8)[:, None], axis=1, bitorder="little")
+    return np.packbits(bits[:, : _BITS[flat.dtype]], bitorder="little").tobytes()
+
+
+def of_bytes(data: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of the uint8 that `to_bytes` gave."""
+    if dtype not in _BITS:
+        return data.view(dtype).reshape(shape)
+    count, width = math.prod(shape), _BITS[dtype]
+    bits = np.unpackbits(data, count=count * width, bitorder="little").reshape(count, width)
+    return np.packbits(bits, axis=1, bitorder="little").reshape(-1).view(dtype).reshape(shape)
 
 
 def _dump(header: dict[str, Any]) -> bytes:
