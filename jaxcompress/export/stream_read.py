@@ -179,7 +179,10 @@ def inspect(path: str | os.PathLike) -> list[Leaf]:
         for name, scheme in schemes.items():
             scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
             avals = part_avals(name, scheme, {})
-            leaves.append(_packed_leaf(name, scheme, packed_bytes(avals)))
+            stored_bytes = sum(
+                container.nbytes_of(np.dtype(a.dtype), a.shape) for a in avals.values()
+            )
+            leaves.append(_packed_leaf(name, scheme, stored_bytes))
             for part, aval in avals.items():
                 if not container.is_small(aval) or part in sizes:
                     sizes.pop(part)

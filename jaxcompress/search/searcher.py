@@ -300,8 +300,8 @@ class Search:
                 if costs is not None:
                     costs[PEAK] = max(costs[PEAK], layer.live_bytes)
             for site in self.sites:
-                size = {FILE: self._files.sites[site][option]}
-                choices[site][option] = Choice(0.0, {**own[site], **size})
+                own[site][FILE] = self._files.sites[site][option]
+                choices[site][option] = Choice(0.0, own[site])
             # Of what is no site, the most under any option: sums may not fall short.
             fixed = {n: max(v, rest.get(n, cost.peak_bytes)) for n, v in fixed.items()}
         return Problem(choices, fixed={**fixed, FILE: self._files.most})
