@@ -304,4 +304,4 @@ class Search:
                 choices[site][option] = Choice(0.0, own[site])
             # Of what is no site, the most under any option: sums may not fall short.
             fixed = {n: max(v, rest.get(n, cost.peak_bytes)) for n, v in fixed.items()}
-        return Problem(choices, fixed={**fixed, FILE: self._files.most})
+        return Problem(choices, fixed=dict(fixed) | {FILE: float(self._files.most)})
