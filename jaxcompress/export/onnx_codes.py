@@ -1,13 +1,14 @@
 """Constants that stay codes: integers, scales and zero points that follow views of the weight."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcompress.core.packed import Masked, QTensor, dense, unpack
-from jaxcompress.formats import unpack_bits
-from jaxcompress.formats.bits import lanes
+from jaxcompress.core.packed import Masked, QTensor, dense, unsigned_codes
+from jaxcompress.export.onnx_graph import Graph
+from jaxcompress.export.onnx_stored import blockwise, indices, of_packed, opened
 from jaxcompress.formats.integer import Integer
 
 
@@ -16,16 +17,19 @@ class Codes(NamedTuple):
 
     Attributes:
       codes: int8 [...].
-      scale: float32, of the rank of `codes`; along each axis of size n it has 1, n, or a divisor
-        of n: so many blocks.
+      scale: float32, of the rank of `codes`: along an axis of size n as many as there are blocks.
       zero: int32 of the same shape.
       bits: at most 8: codes lie in [-2**(bits - 1), 2**(bits - 1)).
+      block: along each axis, elements of a block; the last one may have fewer.
+      leaf: path of the packed leaf that holds them.
     """
 
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray
     bits: int
+    block: tuple[int, ...]
+    leaf: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,10 +45,55 @@ class Codes(NamedTuple):
         """Along an axis: how many scales there are."""
         return self.scale.shape[axis]
 
+    def ragged(self, axis: int) -> bool:
+        """Along an axis: whether the last of several blocks is shorter."""
+        return self.blocks(axis) > 1 and self.shape[axis] % self.block[axis] != 0
+
+    def expanded(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zero points that broadcast against the array."""
+        found = self
+        for axis in range(len(self.shape)):
+            found = found.opened(axis) if found.blocks(axis) > 1 else found
+        return found.scale, found.zero
+
     def array(self) -> np.ndarray:
         """The numbers, float32: as `jc.unpack` gives them."""
-        scale, zero = (expanded(a, self.shape) for a in (self.scale, self.zero))
+        scale, zero = self.expanded()
         return (self.codes - zero).astype(np.float32) * scale
+
+    def unpacked(self, why: str) -> np.ndarray:
+        """The same as an array that remembers its leaf, and why it is packed no more."""
+        return opened(self.array(), frozenset({self.leaf} if self.leaf else ()), why)
+
+    def emit(self, graph: Graph) -> str:
+        """The tensor of the numbers, made by operations of the file that hold for any blocks."""
+        half = 2 ** (self.bits - 1)
+        if self.bits > 4:
+            name = graph.emit("Cast", [graph.constant(self.codes, leaf=self.leaf)], to=1)
+            offset = self.zero
+        else:
+            unsigned = (self.codes.astype(np.int32) + half).astype(np.uint8)
+            name = indices(graph, unsigned, self.bits, self.leaf)
+            name, offset = graph.emit("Cast", [name], to=1), self.zero + half
+        where = (self.scale.shape, self.block, self.shape)
+        if offset.any():
+            same = offset.min() == offset.max()
+            numbers = offset.reshape(-1)[:1].reshape(()) if same else offset
+            kept = graph.constant(
+                numbers.astype(np.uint8 if numbers.min() >= 0 else np.int8), leaf=self.leaf
+            )
+            zero = graph.emit("Cast", [kept], to=1)
+            name = graph.emit("Sub", [name, zero if same else blockwise(graph, zero, *where)])
+        scale = graph.constant(self.scale, leaf=self.leaf)
+        return graph.emit("Mul", [name, blockwise(graph, scale, *where)])
+
+    def opened(self, axis: int) -> "Codes":
+        """With a scale for every index of an axis."""
+        n, size = self.shape[axis], self.block[axis]
+        index = [slice(None)] * axis + [slice(0, n)]
+        spread = lambda a: np.repeat(a, size, axis=axis)[tuple(index)]
+        block = (*self.block[:axis], 1, *self.block[axis + 1 :])
+        return self._replace(scale=spread(self.scale), zero=spread(self.zero), block=block)
 
     def transposed(self, order: tuple[int, ...]) -> "Codes":
         """With the axes in another order."""
@@ -52,51 +101,70 @@ class Codes(NamedTuple):
             codes=np.ascontiguousarray(self.codes.transpose(order)),
             scale=self.scale.transpose(order),
             zero=self.zero.transpose(order),
+            block=tuple(self.block[axis] for axis in order),
         )
 
-    def flipped(self, axes: tuple[int, ...]) -> "Codes":
-        """Reversed along axes."""
+    def flipped(self, axes: tuple[int, ...]) -> "Codes | None":
+        """Reversed along axes, None where a shorter block would come first."""
+        if any(self.ragged(axis) for axis in axes):
+            return None
         flip = lambda a: np.flip(a, axes)
         return self._replace(codes=flip(self.codes), scale=flip(self.scale), zero=flip(self.zero))
 
     def reshaped(self, shape: tuple[int, ...]) -> "Codes | None":
-        """In another shape, None where the blocks would not follow an axis of it."""
-        moved = _scale_shape(self.shape, self.scale.shape, shape)
-        if moved is None:
-            return None
-        return self._replace(
-            codes=self.codes.reshape(shape),
-            scale=self.scale.reshape(moved),
-            zero=self.zero.reshape(moved),
-        )
+        """In another shape, None where the blocks would not follow an axis of it.
+
+        Blocks are cut where that helps, as long as scales take fewer bytes than codes: heads that
+        share the scales of their columns have one for each of their columns then.
+        """
+        shape = self.codes.reshape(shape).shape
+        coarse = [a for a, n in enumerate(self.shape) if self.blocks(a) < n]
+        choices = (c for k in range(len(coarse) + 1) for c in itertools.combinations(coarse, k))
+        for choice in sorted(choices, key=lambda c: math.prod(self.shape[a] for a in c)):
+            found = self
+            for axis in choice:
+                found = found.opened(axis)
+            if choice and 4 * found.scale.size > max(4 * self.scale.size, self.codes.size // 2):
+                continue
+            moved = _moved_scales(found, shape)
+            if moved is not None:
+                return found._replace(
+                    codes=self.codes.reshape(shape),
+                    scale=found.scale.reshape(moved[0]),
+                    zero=found.zero.reshape(moved[0]),
+                    block=moved[1],
+                )
+        return None
 
     def sliced(self, bounds: tuple[slice, ...]) -> "Codes | None":
         """A slice, None where it would cut blocks."""
         few = []
         for axis, bound in enumerate(bounds):
-            n, blocks = self.shape[axis], self.blocks(axis)
-            whole = len(range(*bound.indices(n))) == n and (bound.step or 1) == 1
-            if blocks not in (1, n) and not whole:
+            n, size = self.shape[axis], self.block[axis]
+            start, stop, step = bound.indices(n)
+            if self.blocks(axis) == 1 or size == 1:
+                few.append(bound if size == 1 else slice(None))
+            elif step == 1 and start % size == 0 and (stop % size == 0 or stop == n):
+                few.append(slice(start // size, -(-stop // size)))
+            else:
                 return None
-            few.append(bound if blocks == n else slice(None))
         cut = tuple(few)
-        return self._replace(codes=self.codes[bounds], scale=self.scale[cut], zero=self.zero[cut])
+        codes, scale = self.codes[bounds], self.scale[cut]
+        sizes = zip(self.block, codes.shape, scale.shape, strict=True)
+        block = tuple(max(n, 1) if s == 1 else b for b, n, s in sizes)
+        return self._replace(codes=codes, scale=scale, zero=self.zero[cut], block=block)
 
 
-def expanded(a: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers per block, repeated so that they broadcast against the array."""
-    for axis, n in enumerate(shape):
-        if a.shape[axis] not in (1, n):
-            a = np.repeat(a, n // a.shape[axis], axis=axis)
-    return a
-
-
-def _scale_shape(
-    old: tuple[int, ...], scales: tuple[int, ...], new: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    # Runs of axes of equal products belong together; a run has scales in one or in all elements,
-    # or is a single axis that stays.
-    result, i, j = [], 0, 0
+def _moved_scales(
+    codes: Codes, new: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    # Shape of the scales and sizes of the blocks in another shape of the array. Runs of axes of
+    # equal products belong together; a run has scales in one or in all elements, or is a single
+    # axis that stays.
+    old, scales = codes.shape, codes.scale.shape
+    result: list[int] = []
+    block: list[int] = []
+    i, j = 0, 0
     while i < len(old) or j < len(new):
         first, start = i, j
         left, right = math.prod(old[i : i + 1]), math.prod(new[j : j + 1])
@@ -108,20 +176,25 @@ def _scale_shape(
                 right, j = right * new[j], j + 1
         sizes, few, wanted = old[first:i], scales[first:i], new[start:j]
         count = math.prod(few)
+        large = [n for n in wanted if n > 1]
+        spread = [a for a in range(first, i) if old[a] > 1]
         if count == 1:
             result += [1] * len(wanted)
+            block += wanted
         elif count == math.prod(sizes):
             result += wanted
-        elif len([n for n in wanted if n > 1]) == 1 and _leading(sizes, few):
+            block += [1] * len(wanted)
+        elif large == [old[a] for a in spread]:
+            rest = [(scales[a], codes.block[a]) for a in spread]
+            moved = [rest.pop(0) if n > 1 else (1, 1) for n in wanted]
+            result += [s for s, _ in moved]
+            block += [b for _, b in moved]
+        elif len(large) == 1 and _leading(sizes, few) and not any(map(codes.ragged, spread)):
             result += [count if n > 1 else 1 for n in wanted]
+            block += [n // count if n > 1 else 1 for n in wanted]
         else:
-            large = [n for n in wanted if n > 1]
-            spread = [(n, s) for n, s in zip(sizes, few, strict=True) if n > 1]
-            if large != [n for n, _ in spread]:
-                return None
-            rest = [s for _, s in spread]
-            result += [rest.pop(0) if n > 1 else 1 for n in wanted]
-    return tuple(result)
+            return None
+    return tuple(result), tuple(block)
 
 
 def _leading(sizes: tuple[int, ...], scales: tuple[int, ...]) -> bool:
@@ -131,55 +204,70 @@ def _leading(sizes: tuple[int, ...], scales: tuple[int, ...]) -> bool:
     return all(s == 1 for s in scales[first + 1 :])
 
 
-def of_leaf(leaf: Any) -> Any:
-    """`Codes` of a packed leaf if it holds integers in blocks along its axes, else its array.
+def of_leaf(leaf: Any, path: str = "") -> Any:
+    """What a leaf of the params is in the file: `Codes`, `Stored`, or the array itself.
 
-    Zeros of a sparse leaf are stored; codebooks, floats and blocks that do not divide give arrays.
+    Integers in blocks along their axes are `Codes`; other packed leaves, and arrays of 16 bits,
+    are `Stored`: their numbers are computed in the file from what is kept.
     """
-    if isinstance(leaf, Masked):
-        leaf = dense(leaf)
-    if not isinstance(leaf, QTensor):
-        return leaf
-    scales = _block_shape(leaf)
-    if scales is None or leaf.dtype != "float32" or not isinstance(leaf.format, Integer):
-        return unpack(leaf)
-    bits, order, shape = leaf.format.bits, *scales
-    rows = leaf.shape if leaf.shape and leaf.shape[-1] % lanes(bits) == 0 else (leaf.size,)
-    codes = np.asarray(unpack_bits(leaf.codes, bits, rows[-1])).reshape(leaf.shape)
-    codes = codes.astype(np.int32)
-    scale = np.asarray(leaf.qparams.scale, np.float32).reshape(shape).transpose(order)
-    half = 2 ** (bits - 1)
+    form = dense(leaf) if isinstance(leaf, Masked) else leaf
+    if isinstance(form, QTensor) and isinstance(form.format, Integer) and form.format.bits <= 8:
+        layout = _blocks(form)
+        if layout is not None and form.dtype == "float32":
+            return _of_integers(form, *layout)._replace(leaf=path)
+    return of_packed(leaf, path)
+
+
+def _of_integers(leaf: QTensor, order: tuple[int, ...], shape: Any, block: Any) -> Codes:
+    # `order`, `shape`: how the scales are reshaped, then transposed, to one number a block.
+    bits = int(leaf.format.bits)
+    codes = np.asarray(unsigned_codes(leaf)).astype(np.int32)
+    place = lambda a, dtype: np.asarray(a, dtype).reshape(shape).transpose(order)
+    scale, half = place(leaf.qparams.scale, np.float32), 2 ** (bits - 1)
     if leaf.format.symmetric:
         codes, zero = (codes ^ half) - half, np.zeros(scale.shape, np.int32)
     else:
-        codes = codes - half
-        zero = np.asarray(leaf.qparams.zero_point, np.int32).reshape(shape).transpose(order) - half
-    return Codes(codes.astype(np.int8), scale, zero, bits)
+        codes, zero = codes - half, place(leaf.qparams.zero_point, np.int32) - half
+    return Codes(codes.astype(np.int8), scale, zero, bits, block)
 
 
-def _block_shape(leaf: QTensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    # (order, shape): how the scales are reshaped, then transposed, to one number of blocks an axis.
+def _blocks(leaf: QTensor) -> tuple[Any, Any, tuple[int, ...]] | None:
+    # How scales become one number a block, along each axis of the array; and the blocks' sizes.
     where, shape = leaf.granularity, leaf.shape
     scales = where.scale_shape(shape)
     identity = tuple(range(len(shape)))
     if where.plain:
-        return identity, scales
+        sizes = tuple(1 if s > 1 else n for s, n in zip(scales, shape, strict=True))
+        return identity, scales, sizes
     if where.block is not None:
         lead = 2 * len(shape) - len(scales)
         counts = (*scales[:lead], *scales[lead::2])
-        fits = all(n % c == 0 for n, c in zip(shape, counts, strict=True))
-        last = zip(where.block[::-1], shape[::-1], counts[::-1], strict=False)
-        fits &= all(b == n // c for b, n, c in last)
-        return (identity, counts) if fits else None
+        tiles = where.block[-len(shape) :] if shape else ()
+        sizes = (*[1] * lead, *(min(b, n) for b, n in zip(tiles, shape[lead:], strict=True)))
+        return identity, counts, sizes
     channels = where.channels(shape)
     rest = [axis for axis in identity if axis not in channels]
     assert where.group is not None
-    if not rest or shape[rest[-1]] % where.group:
+    group = where.group
+    if not rest:
+        return None
+    # Groups run along the last of the other axes, or hold all of several of them.
+    along, sizes = rest[-1], [1] * len(shape)
+    for axis in reversed(rest):
+        n = shape[axis]
+        sizes[axis], along = min(group, n), axis
+        if group < n:
+            break
+        if group % n:
+            return None
+        group //= n
+    outer = rest[: rest.index(along)]
+    if outer and shape[along] % sizes[along]:
         return None
     contiguous = rest == list(range(rest[0], rest[-1] + 1))
     stored = list(identity) if contiguous else [*channels, *rest]
-    sizes = {a: shape[a] for a in identity} | {rest[-1]: shape[rest[-1]] // where.group}
-    return tuple(stored.index(a) for a in identity), tuple(sizes[a] for a in stored)
+    counts = [-(-shape[a] // sizes[a]) for a in stored]
+    return tuple(stored.index(a) for a in identity), tuple(counts), tuple(sizes)
 
 
 def of_mark(array: np.ndarray, attributes: dict[str, Any]) -> Codes:
@@ -195,4 +283,5 @@ def of_mark(array: np.ndarray, attributes: dict[str, Any]) -> Codes:
     lowest = -(2 ** (bits - 1)) + int(attributes["narrow_range"])
     codes = np.rint(array.astype(np.float64) / step) + offset
     codes = np.clip(codes, lowest, 2 ** (bits - 1) - 1)
-    return Codes(codes.astype(np.int8), step, offset, bits)
+    block = tuple(1 if k == axis else n for k, n in enumerate(array.shape))
+    return Codes(codes.astype(np.int8), step, offset, bits, block)

@@ -6,9 +6,10 @@ import numpy as np
 
 from jaxcompress.export.onnx_codes import Codes
 from jaxcompress.export.onnx_lower import Lowering, Tensor
-from jaxcompress.export.onnx_quantized import bias_constant, channel_weight
+from jaxcompress.export.onnx_quantized import bias_constant, dequantized
 from jaxcompress.export.onnx_rules import rule
 from jaxcompress.export.onnx_shapes import is_static
+from jaxcompress.export.onnx_stored import Stored
 from jaxcompress.graph.equations import Equation
 
 
@@ -36,7 +37,9 @@ def _finish(low, e, op, x, weight, attributes, x_scale) -> None:
     # `weight` is a name, or Codes with the output channels first (of a transposed one: second).
     order = tuple(e.eqn.params["dimension_numbers"].out_spec)
     axis = 0 if op == "Conv" else 1
-    name = channel_weight(low, weight, axis) if isinstance(weight, Codes) else weight
+    name = weight
+    if isinstance(weight, Codes):  # products of integers have kernels of 8 bits
+        name = dequantized(low, weight, wide=x_scale is not None)
 
     def emit(bias: np.ndarray | None = None) -> Tensor:
         ends = []
@@ -99,16 +102,26 @@ def _transposed(low: Lowering, e: Equation):
 
 
 def _turned(low: Lowering, e: Equation, spec: tuple[int, ...], groups: int):
+    # [groups out, in / groups, *space] -> [groups in, out / groups, *space], space turned around
     known = low.known(e.operands[1])
     if known is None:
         raise low.refuse(e, "the kernel of a transposed convolution depends on the input")
     out, into, *space = spec
     if isinstance(known, Codes) and groups == 1:
         codes = known.transposed((into, out, *space))
-        return codes.flipped(tuple(range(2, len(spec))))
-    array = low.array(e.operands[1])
-    assert array is not None
-    w = np.flip(array.transpose(spec), tuple(range(2, len(spec))))
-    # [groups out, in / groups, *space] -> [groups in, out / groups, *space]
-    parts = [np.swapaxes(part, 0, 1) for part in np.split(w, groups)]
-    return low.graph.constant(np.concatenate(parts))
+        turned = codes.flipped(tuple(range(2, len(spec))))
+        if turned is not None:
+            return turned
+    if not isinstance(known, Codes | Stored):
+        array = np.flip(np.asanyarray(known).transpose(spec), tuple(range(2, len(spec))))
+        parts = [np.swapaxes(part, 0, 1) for part in np.split(array, groups)]
+        return low.graph.constant(np.concatenate(parts))
+    w = low.tensor(e.operands[1], order=spec)
+    count = len(space)
+    ends = [low.ints([n] * count) for n in (-1, -(2**31))]
+    axes = [low.ints(range(2, len(spec))), low.ints([-1] * count)]
+    name = low.emit("Slice", [w.name, *ends, *axes])
+    wide, deep, *sizes = w.shape
+    name = low.emit("Reshape", [name, low.ints([groups, wide // groups, deep, *sizes])])
+    name = low.emit("Transpose", [name], perm=(0, 2, 1, *range(3, 3 + count)))
+    return low.emit("Reshape", [name, low.ints([groups * deep, wide // groups, *sizes])])

@@ -1,6 +1,7 @@
 """ONNX files: a network lowered from its trace, with the library's own grids and codes."""
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxcompress.core.packed import is_packed, packed_bytes
+from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
     onnx_composed,
     onnx_conv,
@@ -28,6 +31,26 @@ from jaxcompress.graph.equations import Equation
 from jaxcompress.quantize.integer import IntegerProgram
 
 
+class Larger(NamedTuple):
+    """A packed leaf that takes more bytes in the file than packed.
+
+    Attributes:
+      leaf: its path.
+      why: it is float32 now, or "" if its codes are codes still, in a wider container.
+      file_bytes, packed_bytes: of its numbers, and of what makes numbers of them.
+    """
+
+    leaf: str
+    why: str
+    file_bytes: int
+    packed_bytes: int
+
+    @property
+    def lost_bytes(self) -> int:
+        """How many more."""
+        return self.file_bytes - self.packed_bytes
+
+
 class OnnxReport(NamedTuple):
     """What was written.
 
@@ -37,6 +60,8 @@ class OnnxReport(NamedTuple):
       opset: version of the standard operators that it needs.
       nodes: how often each operator is in it.
       inputs, outputs: name, dtype and shape of each; a str in a shape is a size of any value.
+      larger: packed leaves that take more bytes in the file than packed, and why.
+      domains: of operators that are not ONNX's own; a runtime has to know them.
     """
 
     path: Path
@@ -45,6 +70,8 @@ class OnnxReport(NamedTuple):
     nodes: MappingProxyType[str, int]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    larger: tuple[Larger, ...] = ()
+    domains: tuple[str, ...] = ()
 
 
 def onnx(
@@ -56,6 +83,7 @@ def onnx(
     constraints: Sequence[str] = (),
     products: Literal["float", "dynamic"] = "float",
     activations: Literal["uint8", "int8"] = "uint8",
+    operators: Literal["onnxruntime", "standard"] = "onnxruntime",
 ) -> OnnxReport:
     """Writes a network as an ONNX file, quantized as it is here.
 
@@ -63,14 +91,16 @@ def onnx(
       integers throughout: give an `IntegerProgram` of `jc.quantize.integer_only`; every tensor is
         on its grid by QuantizeLinear and DequantizeLinear, which a runtime turns into integer
         convolutions and products;
-      packed weights: params of `pack`; int8 weights stay int8, blocks of 4 bits along the inputs of
-        a dense layer become `MatMulNBits`, tables that are looked up stay packed too;
+      packed weights: params of `pack`; integers of 2, 4 and 8 bits in dense layers become
+        `MatMulNBits`, which multiplies them with float activations; all else stays packed too
+        (kernels, tables that are looked up, codebooks, small floats), and operations of the file
+        make numbers of it;
       packed weights and `products="dynamic"`: besides, the activations of dense layers are
         quantized to 8 bits while the network runs (DynamicQuantizeLinear, MatMulInteger).
 
     Grids of `jc.export.mark_activations` around `apply_fn` and of `jc.export.mark_weights` are
-    lowered like those of an integer program. Scales per tensor, channel, or block along one axis
-    are kept; weights in other formats (codebooks, floats of 8 bits, ...) are stored as float32.
+    lowered like those of an integer program. The report names every packed leaf that takes more
+    bytes than packed, and one warning those that are stored as float32.
 
     Args:
       apply_fn: pure, (params, *inputs) -> pytree of arrays, in inference mode; or the program.
@@ -83,6 +113,9 @@ def onnx(
       products: how dense layers with int8 weights and float activations are computed: "dynamic"
         quantizes the activations. It also lets `MatMulNBits` do so.
       activations: dtype of static grids; "int8" keeps ONNX Runtime from joining some operations.
+      operators: "standard" writes no operator of ONNX Runtime's own, for other runtimes: integers
+        become float32 by DequantizeLinear before MatMul (then ONNX Runtime rounds activations to
+        8 bits unless its option `session.qdq_matmulnbits_accuracy_level` is "1").
 
     Raises:
       ImportError: the package onnx is missing.
@@ -93,9 +126,8 @@ def onnx(
     Opset 19; 21 where blocks or 4-bit codes need DequantizeLinear. `MatMulNBits` and
     `GatherBlockQuantized` are ONNX Runtime's own operators (com.microsoft). ONNX Runtime rounds an
     accumulator once, in float32, where `IntegerProgram.run` rounds twice in integers: single codes
-    differ by one step. On x86 without VNNI its products of uint8 and int8 saturate. By itself it
-    may compute "float" products of int8 weights in 8 bits too (its session option
-    `session.qdq_matmulnbits_accuracy_level`).
+    differ by one step. On x86 without VNNI its products of uint8 and int8 saturate unless its
+    option `session.x64quantprecision` is "1", as in `jc.export.session`.
 
     >>> import tempfile
     >>> params, x = {"w": jax.numpy.ones((4, 2))}, jax.numpy.ones((3, 4))
@@ -105,7 +137,7 @@ def onnx(
     (19, {'Identity': 1, 'MatMul': 1, 'Relu': 1}, ('batch', 4))
     """
     require_onnx()
-    _check(products, activations)
+    _check(products=products, activations=activations, operators=operators)
     if isinstance(apply_fn, IntegerProgram):
         program = apply_fn
         if params is not None or inputs:
@@ -119,22 +151,52 @@ def onnx(
     if not jax.tree.leaves(inputs):
         raise TypeError("export.onnx: needs the inputs: arrays or jax.ShapeDtypeStructs")
     traced = trace(apply_fn, params, inputs, shapes, constraints)
-    settings = Settings(products == "dynamic", activations)
+    settings = Settings(products == "dynamic", activations, operators == "standard")
     graph, ports = _lowered(traced, settings)
     model = graph.model(*ports, name="jaxcompress")
     size = write(model, path)
     nodes = Counter(node.op_type for node in model.graph.node)
     counts = MappingProxyType(dict(sorted(nodes.items())))
-    return OnnxReport(Path(path), size, graph.opset, counts, *map(tuple, ports))
+    larger = _larger(params, graph, ports[1])
+    domains = tuple(sorted({node.domain for node in model.graph.node} - {""}))
+    return OnnxReport(
+        Path(path), size, graph.opset, counts, *map(tuple, ports), larger=larger, domains=domains
+    )
 
 
-def _check(products: str, activations: str) -> None:
-    for name, given, known in (
-        ("products", products, ("float", "dynamic")),
-        ("activations", activations, ("uint8", "int8")),
-    ):
-        if given not in known:
-            raise ValueError(f"export.onnx({name}): must be one of {known}, got {given!r}")
+_CHOICES = {
+    "products": ("float", "dynamic"),
+    "activations": ("uint8", "int8"),
+    "operators": ("onnxruntime", "standard"),
+}
+
+
+def _check(**given: str) -> None:
+    for name, value in given.items():
+        known = _CHOICES[name]
+        if value not in known:
+            raise ValueError(f"export.onnx({name}): must be one of {known}, got {value!r}")
+
+
+def _larger(params: Any, graph: Graph, outputs: Sequence[Port]) -> tuple[Larger, ...]:
+    # The packed leaves that take more than packed, up to small tables; warns of float32.
+    sizes = graph.leaf_bytes([port.name for port in outputs])
+    rows = []
+    for path, leaf in leaves_with_paths(params, is_leaf=is_packed):
+        if not is_packed(leaf) or path not in sizes:
+            continue
+        (taken, why), least = sizes[path], packed_bytes(leaf)
+        if taken > 1.02 * least + 64:
+            rows.append(Larger(path, why, taken, least))
+    floats = [row for row in rows if row.why]
+    if floats:
+        warnings.warn(
+            "export.onnx: stored as float32 though packed: "
+            + "; ".join(f"{r.leaf!r} ({r.why}; {r.lost_bytes:,} bytes more)" for r in floats[:5])
+            + (f"; and {len(floats) - 5} more leaves" if len(floats) > 5 else ""),
+            stacklevel=3,
+        )
+    return tuple(rows)
 
 
 def _lowered(trace: Trace, settings: Settings):

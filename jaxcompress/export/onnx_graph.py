@@ -50,6 +50,7 @@ class Graph:
         self._nodes: dict[Any, Node] = {}
         self._constants: dict[Any, str] = {}
         self._arrays: dict[str, tuple[np.ndarray, str]] = {}
+        self._belongs: dict[str, dict[str, str]] = {}  # constant -> packed leaf -> why not packed
         self._names = 0
 
     def emit(
@@ -73,19 +74,39 @@ class Graph:
         names = self._nodes[key].outputs
         return names[0] if outputs == 1 else names
 
-    def constant(self, array: Any, *, stored: str = "", of: Any = None) -> str:
+    def constant(self, array: Any, *, stored: str = "", of: Any = None, leaf: str = "") -> str:
         """The name of a constant; `stored` "int4" or "uint4" packs two numbers in a byte.
+
+        `leaf` is the path of the packed leaf that it belongs to, for `leaf_bytes`.
 
         Equal constants are one, save those `of` different things: runtimes that rewrite what
         belongs to one operation (a zero point) would change it for others, or refuse the file.
         """
-        array = np.asarray(array)
+        leaves = getattr(array, "leaves", frozenset({leaf} if leaf else ()))
+        why, array = getattr(array, "why", ""), np.asarray(array)
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
         key = (array.dtype.name, array.shape, stored, digest, of)
         if key not in self._constants:
             name = self._constants[key] = self._name()
             self._arrays[name] = (array, stored)
-        return self._constants[key]
+        name = self._constants[key]
+        if leaves:
+            self._belongs.setdefault(name, {}).update(dict.fromkeys(leaves, why))
+        return name
+
+    def leaf_bytes(self, outputs: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Packed leaf -> bytes of the constants that are in the file for it, and why it is not
+        packed there ("" if it is). A constant of several leaves counts for the first."""
+        used = {value for node in self.live(outputs) for value in node.inputs}
+        found: dict[str, tuple[int, str]] = {}
+        for name, leaves in self._belongs.items():
+            array, stored = self._arrays[name]
+            share = array.nbytes // (2 if stored else 1) if name in used else 0
+            for path, why in sorted(leaves.items()):
+                before, reason = found.get(path, (0, ""))
+                found[path] = before + share, reason or (why if name in used else "")
+                share = 0
+        return found
 
     def _name(self) -> str:
         self._names += 1

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.export.onnx_codes import Codes, expanded
+from jaxcompress.export.onnx_codes import Codes
 from jaxcompress.export.onnx_graph import MICROSOFT
 from jaxcompress.export.onnx_lower import Lowering
-from jaxcompress.export.onnx_matmul import nibbles
+from jaxcompress.export.onnx_matmul import joined_codes
+from jaxcompress.export.onnx_quantized import dequantized
 from jaxcompress.export.onnx_rules import rule
 from jaxcompress.export.onnx_shapes import is_static
 from jaxcompress.export.onnx_views import sliced, source
@@ -63,46 +64,51 @@ def _rows_of_codes(low: Lowering, table: Codes, ids: str, axis: int, lead: int) 
         if found is not None:
             return found
     if any(n not in (1, size) for n, size in zip(table.scale.shape, table.shape, strict=True)):
-        table_name = low.graph.constant(table.array())
-        return low.emit("Gather", [table_name, ids], axis=axis)
-    codes = low.emit("Gather", [low.graph.constant(table.codes), ids], axis=axis)
+        return low.emit("Gather", [table.emit(low.graph), ids], axis=axis)
+    if table.bits <= 4:
+        return low.emit("Gather", [dequantized(low, table), ids], axis=axis)
+    kept = low.graph.constant(table.codes, leaf=table.leaf)
+    codes = low.emit("Gather", [kept, ids], axis=axis)
     rest = [n for a, n in enumerate(table.scale.shape) if a != axis]
     if table.blocks(axis) == 1 and all(n == 1 for n in rest):
         scale, zero = table.scale.reshape(()), table.zero.reshape(()).astype(np.int8)
         return low.emit("DequantizeLinear", [codes, *map(low.graph.constant, (scale, zero))])
-    parts = [_looked_up(low, a, ids, axis, lead) for a in (table.scale, table.zero)]
+    numbers = (table.scale, table.zero)
+    parts = [_looked_up(low, a, ids, axis, lead, table.leaf) for a in numbers]
     steps = low.emit("Cast", [codes], to=1)
     if not table.symmetric:
         steps = low.emit("Sub", [steps, parts[1]])
     return low.emit("Mul", [steps, parts[0]])
 
 
-def _looked_up(low: Lowering, numbers: np.ndarray, ids: str, axis: int, lead: int) -> str:
+def _looked_up(
+    low: Lowering, numbers: np.ndarray, ids: str, axis: int, lead: int, leaf: str
+) -> str:
     # Scales beside the rows that are looked up.
     numbers = numbers.astype(np.float32)
     if numbers.shape[axis] > 1:
-        return low.emit("Gather", [low.graph.constant(numbers), ids], axis=axis)
+        return low.emit("Gather", [low.graph.constant(numbers, leaf=leaf), ids], axis=axis)
     shape = (*numbers.shape[:axis], *[1] * lead, *numbers.shape[axis + 1 :])
-    return low.graph.constant(numbers.reshape(shape))
+    return low.graph.constant(numbers.reshape(shape), leaf=leaf)
 
 
 def _rows_of_nibbles(low: Lowering, table: Codes, ids: str) -> str | None:
     # Blocks along the rows: `GatherBlockQuantized`.
     rows, width = table.shape
-    blocks = table.blocks(1) if table.blocks(0) in (1, rows) else 0
-    if not blocks or width % blocks:
+    own = table.block[1]
+    if table.blocks(0) not in (1, rows) or table.ragged(1) or width % 2 or low.settings.standard:
         return None
-    size = width // blocks
-    if blocks == 1 or blocks == width:
-        size = min(width & -width, 256) if blocks == 1 else 0
-    if size < 16 or size & (size - 1) or width % 2:
+    size = min(own & -own, 256)
+    if size < 16 or width % size:
         return None
-    full = (rows, width // size)
-    scale = np.broadcast_to(expanded(table.scale, full), full)
-    data = nibbles((table.codes.astype(np.int32) + 8).astype(np.uint8))
-    inputs = [low.graph.constant(data), ids, low.graph.constant(np.ascontiguousarray(scale))]
-    points = np.broadcast_to(expanded(table.zero, full), full) + 8
-    inputs.append(low.graph.constant(nibbles(points.astype(np.uint8))))
+    where = np.arange(width // size) * size // own
+    scale, points = (
+        np.broadcast_to(a[:, where], (rows, width // size)) for a in (table.scale, table.zero + 8)
+    )
+    constant = lambda a: low.graph.constant(a, leaf=table.leaf)
+    data = joined_codes((table.codes.astype(np.int32) + 8).astype(np.uint8), 4)
+    inputs = [constant(data), ids, constant(np.ascontiguousarray(scale))]
+    inputs.append(constant(joined_codes(points.astype(np.uint8), 4)))
     return low.emit(
         "GatherBlockQuantized", inputs, domain=MICROSOFT, gather_axis=0, quantize_axis=1,
         block_size=size, bits=4,

@@ -14,6 +14,7 @@ import numpy as np
 from jaxcompress.export.onnx_codes import Codes
 from jaxcompress.export.onnx_graph import Graph
 from jaxcompress.export.onnx_shapes import Dims, is_one
+from jaxcompress.export.onnx_stored import Stored, opened
 from jaxcompress.graph.equations import Equation
 
 Order = tuple[int, ...]
@@ -24,6 +25,7 @@ class Settings(NamedTuple):
 
     dynamic: bool  # activations of products become int8 while the network runs
     activations: str  # "uint8" or "int8": how codes of static grids are stored
+    standard: bool = False  # no operators of com.microsoft
 
 
 class LiveGrid(NamedTuple):
@@ -86,7 +88,7 @@ class Lowering:
         return tuple(self.avals[number].shape)
 
     def known(self, number: int) -> Any:
-        """`Codes` or a NumPy array where the value is known in advance, else None."""
+        """`Codes`, `Stored` or a NumPy array where the value is known in advance, else None."""
         return self._known.get(number)
 
     def array(self, number: int) -> np.ndarray | None:
@@ -94,7 +96,24 @@ class Lowering:
         known = self.known(number)
         if known is None:
             return None
-        return known.array() if isinstance(known, Codes) else np.asarray(known)
+        if isinstance(known, Codes):
+            return known.unpacked("an operation needs its numbers")
+        if isinstance(known, Stored):
+            return opened(known.numbers, known.leaves, "an operation needs its numbers")
+        return np.asanyarray(known)
+
+    def _made(self, number: int) -> Tensor | None:
+        # The tensor of a constant that stays packed in the file: what operations make of it.
+        known = self.known(number)
+        if number not in self._tensors and isinstance(known, Codes):
+            self.put(number, known.emit(self.graph))
+        elif number not in self._tensors and isinstance(known, Stored):
+            name = known.make(self)
+            if name is not None:
+                self.put(number, name)
+        elif not isinstance(known, Codes | Stored):
+            return None
+        return self._tensors[number]
 
     def live(self, number: int) -> Tensor:
         """The tensor of a value that is not known."""
@@ -118,7 +137,7 @@ class Lowering:
     def alias(self, number: int, source: int) -> None:
         """Says that a value is another one."""
         if self.known(source) is not None:
-            self.put(number, self.graph.constant(self.array(source)))
+            self.put(number, self.name(source))
         else:
             self._tensors[number] = self._tensors[source]
 
@@ -172,12 +191,13 @@ class Lowering:
           codes: whether it may be codes, where it is.
         """
         order = order if order is not None else tuple(range(len(self.shape(number))))
-        array = self.array(number)
+        found = self._made(number)
+        array = self.array(number) if found is None else None
         if array is not None:
             array = array.transpose(order)
             array = compressed(array) if loose else array
             return Tensor(self.graph.constant(array), order, array.shape)
-        found = self.live(number)
+        found = self.live(number) if found is None else found
         found = self.ordered(found, order)  # codes are moved, where there are
         found = found if codes else self.floats(found)
         return found if loose else self._full(found, number)

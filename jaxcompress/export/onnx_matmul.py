@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.export.onnx_codes import Codes, expanded
+from jaxcompress.export.onnx_codes import Codes
 from jaxcompress.export.onnx_graph import MICROSOFT
 from jaxcompress.export.onnx_lower import Lowering, Tensor
 from jaxcompress.export.onnx_quantized import bias_constant, dequantized
 from jaxcompress.export.onnx_rules import onnx_kind, rule
+from jaxcompress.export.onnx_stored import Stored, blockwise
 from jaxcompress.export.onnx_views import flattened
 from jaxcompress.graph.equations import Equation
 
@@ -46,12 +47,12 @@ def _linear(low: Lowering, e: Equation, *, side: int) -> None:
     # x [..., K] times a known matrix [K, N].
     contracted, _ = e.eqn.params["dimension_numbers"]
     w_number, x_number = e.operands[side], e.operands[1 - side]
-    weight, x_shape = low.known(w_number), low.shape(x_number)
+    x_shape = low.shape(x_number)
     w_axes, x_axes = contracted[side], contracted[1 - side]
     free = [a for a in range(len(low.shape(w_number))) if a not in w_axes]
     depth = math.prod(low.shape(w_number)[a] for a in w_axes)
     wide = [low.shape(w_number)[a] for a in free]
-    matrix = _matrix(weight, (*w_axes, *free), (depth, math.prod(wide)))
+    matrix = _matrix(low, w_number, (*w_axes, *free), (depth, math.prod(wide)))
     x_free = [a for a in range(len(x_shape)) if a not in x_axes]
     order = (*x_free, *x_axes)
     rank = len(x_free)
@@ -72,8 +73,6 @@ def _linear(low: Lowering, e: Equation, *, side: int) -> None:
         if grid is None or not isinstance(matrix, Codes) or rank != 1:
             return None
         w = dequantized(low, matrix, wide=True)
-        if w is None:
-            return None
         c = bias_constant(low, bias, grid.scale, matrix, 1)
         return finish(low.emit("Gemm", [x.name, w, c]))
 
@@ -83,34 +82,53 @@ def _linear(low: Lowering, e: Equation, *, side: int) -> None:
         low.biased[e.outputs[0]] = order[-1], with_bias
 
 
-def _matrix(weight: Any, order: tuple[int, ...], shape: tuple[int, int]) -> Any:
+def _matrix(low: Lowering, number: int, order: tuple[int, ...], shape: tuple[int, int]) -> Any:
+    # `Codes` [K, N], an array, or the tensor of what the file makes.
+    weight = low.known(number)
     if isinstance(weight, Codes):
         found = weight.transposed(order).reshaped(shape)
         if found is not None:
             return found
-        weight = weight.array()
-    return np.ascontiguousarray(np.asarray(weight).transpose(order).reshape(shape))
+    if isinstance(weight, Codes | Stored):
+        tensor = low.tensor(number, order=order)
+        return tensor._replace(name=low.dims.reshape(tensor.name, tensor.shape, shape))
+    # `copy` keeps the name of the leaf, `ascontiguousarray` would not.
+    return np.asanyarray(weight).transpose(order).reshape(shape).copy()
 
 
 def product(low: Lowering, x: Tensor, matrix: Any, *, quantized: bool) -> str:
-    """x [..., K] @ matrix [K, N], in the way that its codes allow."""
+    """x [..., K] @ matrix [K, N], in the way that its codes allow.
+
+    Float products of codes are `MatMulNBits` with float activations: DequantizeLinear before MatMul
+    says the same, but ONNX Runtime joins these to a kernel that rounds activations to 8 bits.
+    """
+    if isinstance(matrix, Tensor):
+        return low.emit("MatMul", [x.name, matrix.name])
     if not isinstance(matrix, Codes):
         return low.emit("MatMul", [x.name, low.graph.constant(matrix)])
-    if not quantized:
-        if (size := block_size(matrix)) is not None:
-            return _in_blocks(low, x, matrix, size)
-        if low.settings.dynamic and matrix.symmetric and matrix.blocks(0) == 1:
-            return _in_integers(low, x, matrix)
-    weight = dequantized(low, matrix, wide=quantized)
-    if weight is None:
-        weight = low.graph.constant(matrix.array())
-    return low.emit("MatMul", [x.name, weight])
+    if quantized:
+        return low.emit("MatMul", [x.name, dequantized(low, matrix, wide=True)])
+    if low.settings.dynamic and matrix.symmetric and matrix.blocks(0) == 1 and matrix.bits > 4:
+        return _in_integers(low, x, matrix)
+    if low.settings.standard:
+        return low.emit("MatMul", [x.name, dequantized(low, matrix)])
+    if matrix.block[0] == 1 and matrix.blocks(1) == 1 and matrix.symmetric:
+        # Scales of the inputs: x (s q) = (x s) q.
+        scale = low.graph.constant(matrix.scale.reshape(-1), leaf=matrix.leaf)
+        x = x._replace(name=low.emit("Mul", [x.name, scale]))
+        matrix = matrix._replace(
+            scale=np.ones((1, 1), np.float32), zero=matrix.zero[:1], block=matrix.shape
+        )
+    size = block_size(matrix)
+    if size is None:
+        return low.emit("MatMul", [x.name, matrix.emit(low.graph)])
+    return _in_blocks(low, x, matrix, size)
 
 
 def _in_integers(low: Lowering, x: Tensor, matrix: Codes) -> str:
     # y = S_x S_w sum_k (q_x - z_x) q_w, S_x and z_x of this tensor
     quantized, scale, zero = low.emit("DynamicQuantizeLinear", [x.name], outputs=3)
-    codes = low.graph.constant(matrix.codes)
+    codes = low.graph.constant(matrix.codes, leaf=matrix.leaf)
     zeros = low.graph.constant(np.zeros((), np.int8), of=codes)
     sums = low.emit("MatMulInteger", [quantized, codes, zero, zeros])
     shape = (-1,) if matrix.scale.size > 1 else ()
@@ -122,42 +140,44 @@ def _in_integers(low: Lowering, x: Tensor, matrix: Codes) -> str:
 def block_size(matrix: Codes) -> int | None:
     """The size of the blocks of `MatMulNBits` along K, None where it does not take the matrix.
 
-    Matrices of 4 bits and fewer with one scale per column are cut into the largest blocks that fit.
+    The one that pads least, of those that are no coarser than the matrix's own blocks.
     """
-    depth, blocks = matrix.shape[0], matrix.blocks(0)
-    if matrix.bits > 4 and not (matrix.bits == 8 and blocks > 1):
-        return None
-    size = depth // blocks
-    if blocks == 1:
-        size = min(size & -size, 256)
-    return size if size >= 16 and size & (size - 1) == 0 and size <= 256 else None
+    depth, own = matrix.shape[0], matrix.block[0]
+    sizes = [s for s in (256, 128, 64, 32, 16) if matrix.blocks(0) == 1 or own % s == 0]
+    return min(sizes, key=lambda s: -(-depth // s) * s, default=None)
+
+
+def _bits(matrix: Codes) -> int:
+    return 2 if matrix.bits <= 2 else 4 if matrix.bits <= 4 else 8
 
 
 def _in_blocks(low: Lowering, x: Tensor, matrix: Codes, size: int) -> str:
-    (depth, width), bits = matrix.shape, 4 if matrix.bits <= 4 else 8
-    blocks, half = depth // size, 2 ** (bits - 1)
-    codes = (matrix.codes.astype(np.int32) + half).astype(np.uint8)
-    scale, zero = (
-        np.broadcast_to(expanded(a, (blocks, width)), (blocks, width)).T
-        for a in (matrix.scale, matrix.zero)
-    )
-    rows = (
-        nibbles(codes.T.reshape(width, blocks, size))
-        if bits == 4
-        else codes.T.reshape(width, blocks, size)
-    )
-    inputs = [x.name, low.graph.constant(rows), low.graph.constant(np.ascontiguousarray(scale))]
+    (depth, width), bits = matrix.shape, _bits(matrix)
+    blocks, half = -(-depth // size), 2 ** (bits - 1)
+    padded = np.full((blocks * size, width), half, np.uint8)
+    padded[:depth] = matrix.codes.astype(np.int32) + half
+    rows = joined_codes(padded.T.reshape(width, blocks, size), bits)
+    constant = lambda a: low.graph.constant(a, leaf=matrix.leaf)
+    # One scale for each of these blocks, repeated when the file is loaded.
+    sizes = (matrix.block[1], -(-matrix.block[0] // size))
+    scale = constant(np.ascontiguousarray(matrix.scale.T))
+    scale = blockwise(low.graph, scale, matrix.scale.T.shape, sizes, (width, blocks))
+    inputs = [x.name, constant(rows), scale]
     if not matrix.symmetric:
-        points = (zero + half).astype(np.uint8)
-        inputs.append(low.graph.constant(nibbles(points) if bits == 4 else points))
+        where = np.arange(blocks) * size // matrix.block[0]
+        zero = matrix.opened(1).zero[where]
+        zero = np.broadcast_to(zero, (blocks, width)).T + half
+        inputs.append(constant(joined_codes(zero.astype(np.uint8), bits)))
     return low.emit(
         "MatMulNBits", inputs, domain=MICROSOFT, K=depth, N=width, bits=bits, block_size=size,
         accuracy_level=_INT8_KERNEL if low.settings.dynamic else _FLOAT_KERNEL,
     )  # fmt: skip
 
 
-def nibbles(codes: np.ndarray) -> np.ndarray:
-    """uint8 below 16 [..., n], two in a byte, the first in its low half; a last one alone."""
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return codes[..., ::2] | codes[..., 1::2] << 4
+def joined_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes below 2**bits [..., n], as many in a byte as fit, the first in its low bits."""
+    each = 8 // bits
+    if missing := -codes.shape[-1] % each:
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
+    parts = [codes[..., k::each] << np.uint8(bits * k) for k in range(each)]
+    return np.bitwise_or.reduce(parts) if each > 1 else codes

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.export.onnx_codes import Codes, expanded
+from jaxcompress.export.onnx_codes import Codes
 from jaxcompress.export.onnx_lower import LiveGrid, Lowering
 from jaxcompress.export.onnx_rules import rule
 from jaxcompress.graph import compat
@@ -81,38 +81,32 @@ def stored(low: Lowering, codes: Codes, *, wide: bool = False) -> tuple[str, str
     if packed:
         low.graph.opset = max(low.graph.opset, _BLOCKED_OPSET)
     kind = "int4" if packed else ""
-    return low.graph.constant(codes.codes, stored=kind), kind
+    return low.graph.constant(codes.codes, stored=kind, leaf=codes.leaf), kind
 
 
-def dequantized(low: Lowering, codes: Codes, *, wide: bool = False) -> str | None:
-    """The numbers of codes as a tensor; None where no operator has such blocks."""
+def dequantized(low: Lowering, codes: Codes, *, wide: bool = False) -> str:
+    """The numbers of codes as a tensor: by one operator if there is one that has such blocks."""
     split = [a for a, n in enumerate(codes.scale.shape) if n > 1]
     blocked = [a for a in split if codes.blocks(a) < codes.shape[a]]
-    if len(blocked) > 1 or (len(split) > 1 and not blocked):
-        return None
+    if len(blocked) > 1 or (len(split) > 1 and not blocked) or any(map(codes.ragged, blocked)):
+        return codes.emit(low.graph)
     scale, zero = codes.scale, codes.zero
     attributes: dict[str, Any] = {}
     if blocked:
         axis = blocked[0]
         low.graph.opset = max(low.graph.opset, _BLOCKED_OPSET)
-        attributes = {"axis": axis, "block_size": codes.shape[axis] // codes.blocks(axis)}
+        attributes = {"axis": axis, "block_size": codes.block[axis]}
         full = tuple(codes.blocks(a) if a == axis else n for a, n in enumerate(codes.shape))
-        scale, zero = (np.broadcast_to(expanded(a, full), full) for a in (scale, zero))
+        scale, zero = (np.broadcast_to(a, full) for a in (scale, zero))
     elif split:
         attributes = {"axis": split[0]}
         scale, zero = scale.reshape(-1), zero.reshape(-1)
     else:
         scale, zero = scale.reshape(()), zero.reshape(())
     name, kind = stored(low, codes, wide=wide)
+    scales = low.graph.constant(scale, leaf=codes.leaf)
     zeros = low.graph.constant(np.asarray(zero, np.int8), stored=kind, of=name)
-    return low.emit("DequantizeLinear", [name, low.graph.constant(scale), zeros], **attributes)
-
-
-def channel_weight(low: Lowering, codes: Codes, axis: int) -> str:
-    """A kernel of a convolution, its numbers from codes; dense where no operator has its blocks."""
-    del axis
-    name = dequantized(low, codes, wide=True)
-    return low.graph.constant(codes.array()) if name is None else name
+    return low.emit("DequantizeLinear", [name, scales, zeros], **attributes)
 
 
 def bias_constant(low: Lowering, bias: np.ndarray, x_scale: Any, weight: Any, axis: int) -> str:

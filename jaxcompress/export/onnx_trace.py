@@ -1,6 +1,7 @@
 """The trace of a network with packed weights, and what is known of it before it runs."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,10 @@ from jaxcompress.core.packed import is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export.marks import FAKE_QUANT
 from jaxcompress.export.onnx_codes import Codes, of_leaf, of_mark
+from jaxcompress.export.onnx_lower import Lowering
+from jaxcompress.export.onnx_rules import RULES
 from jaxcompress.export.onnx_shapes import is_static
+from jaxcompress.export.onnx_stored import Opened, Stored, opened
 from jaxcompress.graph import compat
 from jaxcompress.graph.equations import Equation, Flattener, needed, unrolled
 
@@ -41,17 +45,18 @@ def trace(
 
     Codes of packed leaves stay codes through views.
     """
-    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    leaves = leaves_with_paths(params, is_leaf=is_packed)
     plain = jax.eval_shape(unpack, params)
     specs = _specs(inputs, shapes, constraints)
     closed, out = _traced(apply_fn, plain, specs, shapes)
     closed = compat.without_dead_code(closed)
     flattener = Flattener(_expand)
     arguments = [flattener.value(v.aval) for v in closed.jaxpr.invars]
-    flattener.known.update(zip(arguments, map(of_leaf, leaves), strict=False))
+    flattener.known.update(zip(arguments, (of_leaf(x, n) for n, x in leaves), strict=False))
     results = flattener.run(compat.body(closed), arguments, "")
     live = flattener.split(_evaluate)
     equations, uses = needed(live, results)
+    uses = Counter(uses)
     rest = arguments[len(leaves) :]
     names = _input_names(apply_fn, inputs)
     ins = [(n, k, flattener.avals[k]) for n, k in zip(names, rest, strict=True)]
@@ -95,14 +100,55 @@ def _evaluate(e: Equation, values: list[Any]) -> list[Any] | None:
         return None
     if e.primitive == "composite" and np.size(compat.composite(e.eqn)[1]["scale"]):
         # The last operand: what the mark closes over comes first.
-        x = values[-1].array() if isinstance(values[-1], Codes) else np.asarray(values[-1])
+        x = np.asarray(_numbers(values[-1]))
         return [of_mark(x, compat.composite(e.eqn)[1])]
     if isinstance(values[0] if values else None, Codes):
         followed = _followed(e, values)
         if followed is not None:
             return [followed]
-    arrays = [v.array() if isinstance(v, Codes) else v for v in values]
-    return compat.evaluate(e.eqn, [jnp.asarray(a) for a in arrays])
+    arrays = [_numbers(v) for v in values]
+    results = compat.evaluate(e.eqn, [jnp.asarray(a) for a in arrays])
+    open_ones = [v for v in values if isinstance(v, Opened) and v.leaves]
+    packed = [v for v in values if isinstance(v, Codes | Stored)]
+    if not packed and open_ones:
+        leaves = frozenset().union(*(v.leaves for v in open_ones))
+        return [opened(y, leaves, open_ones[0].why) for y in results]
+    if not packed:
+        return results
+    leaves = frozenset().union(*map(_leaves, packed))
+    kept = sum(v.codes.size * v.bits // 8 if isinstance(v, Codes) else v.kept_bytes for v in packed)
+    return [_kept(e, k, np.asarray(y), leaves, kept) for k, y in enumerate(results)]
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, Codes):
+        return value.array()
+    return value.numbers if isinstance(value, Stored) else value
+
+
+def _leaves(value: Codes | Stored) -> frozenset[str]:
+    if isinstance(value, Stored):
+        return value.leaves
+    return frozenset({value.leaf} if value.leaf else ())
+
+
+def _kept(e: Equation, k: int, y: np.ndarray, leaves: frozenset[str], kept: int) -> Any:
+    # A result of packed constants: an operation of the file, or its numbers where they are few.
+    if y.nbytes <= max(kept // 8, 64) and e.primitive not in _MOVES:
+        return y
+    if e.primitive not in RULES:
+        return opened(y, leaves, f"{e.primitive} of it has no lowering")
+
+    def make(low: Lowering) -> None:
+        RULES[e.primitive](low, e)
+
+    return Stored(y, make, leaves, kept)
+
+
+_MOVES = frozenset(
+    "reshape transpose squeeze expand_dims slice split rev concatenate convert_element_type "
+    "broadcast_in_dim gather dynamic_slice stack copy copy_p".split()
+)
 
 
 def _followed(e: Equation, values: list[Any]) -> Codes | None:
