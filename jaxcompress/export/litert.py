@@ -17,7 +17,7 @@ from jaxcompress.export.lowered import lowered, port_names
 from jaxcompress.export.marked_program import marked_program
 from jaxcompress.export.marked_weights import marked_weights
 from jaxcompress.export.marks import mark_activations, why_unmarked
-from jaxcompress.export.sessions import loaded
+from jaxcompress.export.sessions import of_bytes
 from jaxcompress.export.verify import (
     Verified,
     drawn_input,
@@ -107,12 +107,9 @@ def litert(
     if interface == "int8":
         content = integer_interface(content)
     found = contents(content)
+    shown = _verified(content, source, trial, found) if verify else unverified("verify=False")
     with replacing(path) as file:
         file.write(content)
-        file.flush()
-        shown = unverified("verify=False")
-        if verify:
-            shown = _verified(Path(file.name), source, trial, found)
     return LiteRT(Path(path), len(content), *found, shown)
 
 
@@ -125,9 +122,11 @@ class _Source(NamedTuple):
     params: Any
 
 
-def _verified(path: Path, source: _Source, inputs: tuple[Any, ...], found: Contents) -> Verified:
+def _verified(
+    content: bytes, source: _Source, inputs: tuple[Any, ...], found: Contents
+) -> Verified:
     try:
-        runtime = loaded(path, ".tflite")
+        runtime = of_bytes(content, ".tflite")
     except ImportError as error:
         return unverified(str(error))
     taken = list(map(_on_grid, found.inputs, jax.tree.leaves(inputs)))

@@ -1,6 +1,7 @@
 """Files in the runtime they are for: one call for ONNX Runtime, LiteRT and StableHLO."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,19 +59,22 @@ def session(path: str | os.PathLike, *, threads: int = 1) -> Session:
       ImportError: the runtime is not installed; with the line that installs it.
     """
     path = Path(path)
-    return loaded(path, path.suffix, threads)
-
-
-def loaded(path: Path, suffix: str, threads: int = 1) -> Session:
-    """As `session`, for a file that does not have its suffix yet."""
     loaders = {".onnx": _onnx, ".tflite": _litert, ".stablehlo": _stablehlo}
-    if suffix not in loaders:
+    if path.suffix not in loaders:
         raise ValueError(f"{path}: a suffix of {', '.join(loaders)} says the runtime")
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return loaders[suffix](path, threads)
+    return loaders[path.suffix](path, threads)
+
+
+def of_bytes(content: bytes, suffix: str) -> Session:
+    """As `session`, of a file that is not written yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"content{suffix}"
+        path.write_bytes(content)
+        return session(path)
 
 
 def _missing(package: str) -> ImportError:

@@ -9,6 +9,7 @@ this scheme (`stablehlo`), a checksum, and names, dtypes and shapes of inputs an
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -132,23 +133,25 @@ def stablehlo(
         "platforms": json.dumps(exported.platforms),
     }
     content, size = container.encode({"program": serialized}, metadata)
+    shown = unverified("verify=False")
+    if verify:
+        shown = _verified(content, fn, trial, exported.platforms)
     with replacing(path) as file:
         file.write(content)
-        file.flush()
-        shown = unverified("verify=False")
-        if verify:
-            shown = _verified(Path(file.name), fn, trial, exported.platforms)
     return StableHLO(
         Path(path), size.file_bytes, *ports, exported.platforms, jax.__version__, exported, shown
     )
 
 
 def _verified(
-    path: Path, fn: Callable[..., Any], inputs: tuple[Any, ...], platforms: tuple[str, ...]
+    content: bytes, fn: Callable[..., Any], inputs: tuple[Any, ...], platforms: tuple[str, ...]
 ) -> Verified:
     if "cpu" not in platforms:
         return unverified(f"it runs on {', '.join(platforms)}, files are verified on CPU")
-    found = load_stablehlo(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "verified.stablehlo"
+        path.write_bytes(content)
+        found = load_stablehlo(path)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         tree = jax.tree.structure(inputs)
         run = jax.jit(lambda *leaves: jax.tree.leaves(found(*jax.tree.unflatten(tree, leaves))))
