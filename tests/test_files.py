@@ -52,7 +52,7 @@ def test_temporary_files_differ_within_one_process(tmp_path):
     with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as two:
         one.write(b"first, and longer")
         two.write(b"second")
-        assert one.name != two.name or one.fileno() != two.fileno()
+        assert one.name != two.name
         assert len(os.listdir(tmp_path)) == 2
     assert (tmp_path / "a").read_bytes() == b"first, and longer"
     assert os.listdir(tmp_path) == ["a"]

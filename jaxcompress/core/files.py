@@ -35,10 +35,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def _created(path: Path) -> tuple[Path, BinaryIO]:
-    # O_EXCL: never the file of another writer. Rights as `open` gives them, unlike tempfile's.
-    name = os.fsencode(path.name)[:_NAME_BYTES]
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+    name = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
     while True:
-        part = path.with_name(f".{os.fsdecode(name)}.{secrets.token_hex(8)}.part")
+        part = path.with_name(f".{name}.{secrets.token_hex(8)}.part")
         with contextlib.suppress(FileExistsError):
-            return part, os.fdopen(os.open(part, flags, 0o666), "wb")
+            return part, part.open("xb")  # never the file of another writer
