@@ -244,3 +244,53 @@ def test_batches_without_rows_are_refused(method):
     for data in ([(A[:0],)], [(A,), (A[:0],)]):
         with pytest.raises(ValueError, match=r"data: batch \d has no rows: input 0 has"):
             method(fn, params, data, rules)
+
+
+def means(view, params, uses):
+    """Mean output error of every use [uses, N], and the rows, float64."""
+    off = [
+        np.asarray(x, np.float64) @ (np.asarray(view["w"], np.float64) - np.float64(params["w"]))
+        for x in uses
+    ]
+    return np.stack([x.mean(0) for x in off]), np.array([len(x) for x in off])
+
+
+@pytest.mark.parametrize("inputs", ["float", "quantized"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_bias_that_several_layers_add_moves_by_the_mean_over_their_rows(count, inputs):
+    xs = [mixed(8 * (k + 1), K, 3 * k) + 2 * k for k in range(count)]
+    fn = lambda p, *xs: [x @ p["w"] + p["b"][None] for x in xs]
+    params = {"w": W, "b": draw(N, seed=5)}
+    got, _ = ptq.correct_bias(fn, params, [tuple(xs)], INT4, inputs=inputs)
+    shift, rows = means(nearest(params), params, xs)
+    want = -(shift * rows[:, None]).sum(0) / rows.sum()
+    np.testing.assert_allclose(got["b"] - params["b"], want, rtol=1e-3, atol=1e-5)
+    # The least squared error that a common bias can have: no other shift is better.
+    total = lambda b: sum(r * np.sum((s + b) ** 2) for s, r in zip(shift, rows, strict=True))
+    moved = np.float64(got["b"] - params["b"])
+    assert total(moved) <= min(total(0), total(2 * moved), total(moved / 2)) * (1 + 1e-5)
+
+
+def test_uses_of_a_bias_beside_weights_that_stay_count_as_no_change():
+    fn = lambda p, a, b: (a @ p["w"] + p["b"][None], b @ p["kept"] + p["b"][None])
+    params = {"w": W, "kept": draw(K, N, seed=9), "b": jnp.zeros(N)}
+    got, _ = ptq.correct_bias(fn, params, [(A, B[:32])], {"w": Spec(integer(4))})
+    view = nearest(params, {"w": Spec(integer(4))})
+    shift, _ = means(view, params, [A])
+    np.testing.assert_allclose(got["b"], -shift[0] * 64 / 96, rtol=1e-3, atol=1e-5)
+
+
+def test_outputs_that_share_an_element_of_a_bias_share_the_mean_of_their_shifts():
+    fn = lambda p, a: a @ p["w"] + jnp.repeat(p["b"], 2)[None]
+    params = {"w": W, "b": jnp.zeros(N // 2)}
+    got, _ = ptq.correct_bias(fn, params, [(A,)], INT4)
+    shift, _ = means(nearest(params), params, [A])
+    np.testing.assert_allclose(got["b"], -shift[0].reshape(-1, 2).mean(1), rtol=1e-3, atol=1e-5)
+
+
+def test_a_bias_that_something_else_reads_stays_and_is_named():
+    fn = lambda p, a: (a @ p["w"] + p["b"][None], a @ p["v/w"] + p["c"][None], jnp.sum(p["b"]))
+    params = {"w": W, "b": jnp.zeros(N), "v/w": W + 1, "c": jnp.zeros(N)}
+    with pytest.warns(UserWarning, match="no bias to correct: w .b is also read by reduce_sum"):
+        got, _ = ptq.correct_bias(fn, params, [(A,)], INT4)
+    assert not got["b"].any() and got["c"].all()

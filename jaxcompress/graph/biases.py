@@ -8,7 +8,7 @@ import numpy as np
 from jaxcompress.graph.inline import Op, inline
 from jaxcompress.graph.matrices import Layer, columns
 from jaxcompress.graph.trace import Program, trace_program
-from jaxcompress.graph.views import parts_of
+from jaxcompress.graph.views import Reader, parts_of, readers
 
 
 class Bias(NamedTuple):
@@ -44,26 +44,34 @@ def biases(
 
 def biases_of(program: Program, *, layers: Iterable[Layer]) -> dict[str, Bias]:
     """As `biases`, of a traced program."""
-    flat = inline(program, weigh=len)
+    return biases_and_readers(program, layers=layers)[0]
+
+
+def biases_and_readers(
+    program: Program, *, layers: Iterable[Layer]
+) -> tuple[dict[str, Bias], list[Reader]]:
+    """As `biases`, and what reads leaves otherwise than these layers: as weights, or in other sums."""
+    flat = inline(program, weigh=None)
     parts = parts_of(program, flat, broadcast=True)
     wanted = {layer.site.name: layer for layer in layers}
-    users: dict[int, list[Op]] = {}
-    for op in flat.ops:
+    users: dict[int, list[tuple[int, Op]]] = {}
+    for k, op in enumerate(flat.ops):
         for n in set(op.inputs):
-            users.setdefault(n, []).append(op)
-    found = {}
+            users.setdefault(n, []).append((k, op))
+    found, taken = {}, set()
     for op in flat.ops:
         site = program.contractions.get(op.place)
         if site is None or site.name not in wanted:
             continue
         layer, number = wanted[site.name], op.outputs[0]
-        readers = users.get(number, [])
-        if len(readers) != 1 or readers[0].primitive != "add":
+        reading = users.get(number, [])
+        if len(reading) != 1 or reading[0][1].primitive != "add":
             continue
-        others = [n for n in readers[0].operands if n != number]
-        if len(others) != 1 or others[0] not in parts:
+        k, add = reading[0]
+        others = [port for port, n in enumerate(add.operands) if n is not None and n != number]
+        if len(others) != 1 or add.operands[others[0]] not in parts:
             continue
-        part, depth = parts[others[0]].inside(len(op.region)), len(op.region)
+        part, depth = parts[add.operands[others[0]]].inside(len(op.region)), len(op.region)
         lead, shape = part.index.shape[:depth], part.index.shape[depth:]
         if len(shape) != len(site.out.shape):  # a scalar
             continue
@@ -71,7 +79,8 @@ def biases_of(program: Program, *, layers: Iterable[Layer]) -> dict[str, Bias]:
         index = _per_output(layer, repeated, depth)
         if index is not None:
             found[layer.tap.name] = Bias(part.path, index)
-    return found
+            taken.add((k, others[0]))
+    return found, readers(flat, parts, taken)
 
 
 def _per_output(layer: Layer, index: np.ndarray, depth: int) -> np.ndarray | None:
