@@ -294,3 +294,59 @@ def test_a_bias_that_something_else_reads_stays_and_is_named():
     with pytest.warns(UserWarning, match="no bias to correct: w .b is also read by reduce_sum"):
         got, _ = ptq.correct_bias(fn, params, [(A,)], INT4)
     assert not got["b"].any() and got["c"].all()
+
+
+def scaled_towers(p, a, b):
+    return (jnp.tanh(a) * p["s1"][None]) @ p["w"], (jnp.tanh(b) * p["s2"][None]) @ p["w"]
+
+
+TOWERS = {"s1": jnp.exp(draw(K, seed=20)), "s2": 5 * jnp.exp(draw(K, seed=21)), "w": W}
+
+
+def entering(params, a, b):
+    return [np.tanh(np.float64(x)) * np.float64(params[s]) for x, s in ((a, "s1"), (b, "s2"))]
+
+
+def test_smooth_quant_counts_the_inputs_of_all_uses():
+    new, _ = ptq.smooth_quant(scaled_towers, TOWERS, [(A, B)], INT4)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3),
+        scaled_towers(new, A, B),
+        scaled_towers(TOWERS, A, B),
+    )
+    # max|X / s| = max|s W|, X being what enters either use.
+    largest = np.abs(np.concatenate(entering(new, A, B))).max(0)
+    np.testing.assert_allclose(largest, np.abs(new["w"]).max(1), rtol=1e-4)
+
+
+def test_awq_chooses_by_the_error_of_all_uses():
+    from jaxcompress.quantize.ptq.smooth import activation_scales
+
+    new, state = ptq.awq(scaled_towers, TOWERS, [(A, B[:16])], INT4)
+    xs = entering(TOWERS, A, B[:16])
+    pooled = jnp.asarray(np.abs(np.concatenate(xs)).mean(0), jnp.float32)
+    total = lambda s: error(xs, nearest({"w": W * s[:, None]})["w"] / s[:, None]).sum()
+    losses = [total(activation_scales(pooled, jnp.float32(a))) for a in np.linspace(0, 1, 20)]
+    view = recipe(INT4).apply(new, state)
+    got = error(entering(new, A, B[:16]), view["w"], new["w"]).sum()
+    np.testing.assert_allclose(got, min(losses), rtol=1e-3)
+    assert got < losses[0]
+
+
+def test_awq_looks_at_slices_that_share_the_grid_and_leaves_what_else_is_read():
+    spec = {"w": Spec(integer(3))}
+
+    def fn(p, a, b):
+        return (jnp.tanh(a) * p["s"][None]) @ p["w"][:12], b @ p["w"][12:]
+
+    params = {"s": jnp.exp(2 * draw(12, seed=20)), "w": W}
+    new, state = ptq.awq(fn, params, [(A[:, :12], B[:, :12])], spec)
+    xs = np.tanh(np.float64(A[:, :12])) * np.float64(params["s"]), np.float64(B[:, :12])
+    view, s = recipe(spec).apply(new, state)["w"], np.float64(params["s"] / new["s"])
+    back = np.concatenate([np.float64(view[:12]) / s[:, None], view[12:]])
+    both = lambda v: error(xs[:1], v[:12], W[:12]).sum() + error(xs[1:], v[12:], W[12:]).sum()
+    assert both(back) <= both(nearest(params, spec)["w"]) * (1 + 1e-5)
+    looked_up = lambda p, a: (fn(p, a, a), jnp.sum(p["w"][12:] ** 2))
+    with pytest.warns(UserWarning, match="not scaled, .*: w .also read by"):
+        new, _ = ptq.awq(looked_up, params, [(A[:, :12],)], spec)
+    jax.tree.map(np.testing.assert_array_equal, new, params)

@@ -50,7 +50,7 @@ def biases_of(program: Program, *, layers: Iterable[Layer]) -> dict[str, Bias]:
 def biases_and_readers(
     program: Program, *, layers: Iterable[Layer]
 ) -> tuple[dict[str, Bias], list[Reader]]:
-    """As `biases`, and what reads leaves otherwise than these layers: as weights, or in other sums."""
+    """As `biases`, and what reads leaves otherwise than these layers: as weights, in other sums."""
     flat = inline(program, weigh=None)
     parts = parts_of(program, flat, broadcast=True)
     wanted = {layer.site.name: layer for layer in layers}

@@ -42,6 +42,17 @@ class Layer(NamedTuple):
         """Whether the trips of an enclosing scan share the weights."""
         return self.index.shape[0] < math.prod(self.site.loops)
 
+    @property
+    def channels(self) -> int:
+        """How many inputs in a row lie along one axis: the input channels of a convolution (of a
+        group), the last axis that a product sums over."""
+        site, weight = self.site, self.site.weight or 0
+        shape = site.operands[weight].shape
+        if site.primitive not in compat.PRODUCTS:
+            return shape[site.config["dimension_numbers"].rhs_spec[1]]
+        contracted = _dot_axes(site, weight)[1]
+        return shape[contracted[-1]] if contracted else 1
+
     def take(self, leaf: Any) -> Array:
         """The weights [S, G, K, N] of the leaf, or of anything of its shape."""
         return jnp.asarray(leaf).reshape(-1)[self.index]

@@ -2,7 +2,7 @@
 
 A layer is a product of rows of inputs with matrices [K, N] (`graph.matrices`): K inputs, for
 convolutions taps times input channels with the channels last, and N outputs. So the "rows" of the
-papers' weights are columns here. "Consecutive" inputs are consecutive in K.
+papers' weights are columns here. n of m goes along the input channels, tap by tap, as `n_m` does.
 """
 
 import math
@@ -18,6 +18,7 @@ from jax import Array
 from jaxcompress.core.compressor import CompressState, at_path, holds, is_float_array
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.select import keep_count, top_k_mask
+from jaxcompress.core.sparse import kept_in_line
 from jaxcompress.graph.capture import Batches, Moments, check_batches
 from jaxcompress.graph.layerwise import Progress, match_layers, solve_layers
 from jaxcompress.graph.matrices import Layer, layers
@@ -25,7 +26,7 @@ from jaxcompress.graph.uses import Pool, pools
 from jaxcompress.prune.state import PruneState, apply_masks, is_dense
 
 Inputs = Literal["dense", "pruned"]
-Share = float | tuple[int, int]  # of zeros; or (n, m): n of m consecutive inputs stay
+Share = float | tuple[int, int]  # of zeros; or (n, m): n of m consecutive channels stay
 Rules = Share | Mapping[str, Share]
 
 
@@ -198,33 +199,62 @@ def state_of(masks: Any) -> CompressState:
     return CompressState(buffers=PruneState(masks, jnp.zeros((), jnp.int32)))
 
 
-def quota_in_lines(share: Share, size: int) -> tuple[int, np.ndarray]:
-    """(inputs compared with each other, int32 [spans] how many of them stay) for each output.
+class Spans(NamedTuple):
+    """Which inputs of an output are compared with each other, and how many of them stay.
 
-    >>> quota_in_lines(0.5, 6), quota_in_lines((2, 4), 6)
-    ((6, array([3], dtype=int32)), (4, array([2, 1], dtype=int32)))
+    Attributes:
+      size: inputs of a span.
+      quota: int32 [spans] how many of each stay.
+      places: int [spans * size], which input lies where; -1 for places that fill a span up.
     """
-    if isinstance(share, tuple):
-        n, m = share
-        # The last span may be shorter: r inputs, of which ceil(n r / m) stay.
-        lengths = [min(m, size - start) for start in range(0, size, m)]
-        return m, np.array([math.ceil(n * r / m) for r in lengths], np.int32)
-    return size, np.array([keep_count(size, share)], np.int32)
+
+    size: int
+    quota: np.ndarray
+    places: np.ndarray
 
 
-def top_of_spans(scores: Array, keep: Array, quota: Array, *, span: int) -> Array:
-    """The mask of the largest scores of every `span` inputs of every output.
+def spans_of(share: Share, inputs: int, channels: int) -> Spans:
+    """The spans of an output.
+
+    N:M goes along the input channels, as `n_m` does: the channels of every tap of a convolution are
+    divided for themselves, and the last span of each may be shorter.
+
+    Args:
+      share: of zeros, or (n, m).
+      inputs: of an output: taps times channels.
+      channels: `Layer.channels`.
+
+    >>> spans_of((2, 4), 6, 3).places.tolist()  # two taps of three channels
+    [0, 1, 2, -1, 3, 4, 5, -1]
+    """
+    if not isinstance(share, tuple):
+        return Spans(inputs, np.array([keep_count(inputs, share)], np.int32), np.arange(inputs))
+    n, m = share
+    channels = channels if channels and inputs % channels == 0 else inputs
+    lines = np.arange(inputs).reshape(-1, max(channels, 1))
+    lines = np.pad(lines, ((0, 0), (0, -lines.shape[1] % m)), constant_values=-1)
+    sizes = (lines.reshape(-1, m) >= 0).sum(1)
+    quota = np.array([kept_in_line(int(size), n, m) for size in sizes], np.int32)
+    return Spans(m, quota, lines.reshape(-1))
+
+
+def spread_out(x: Array, places: np.ndarray, fill: Any) -> Array:
+    """x [..., K, N] with its inputs at their places, and `fill` between them."""
+    filled = jnp.take(x, np.maximum(places, 0), axis=-2)
+    return jnp.where((places >= 0)[:, None], filled, jnp.asarray(fill, x.dtype))
+
+
+def top_of_spans(scores: Array, keep: Array, spans: Spans) -> Array:
+    """The mask of the largest scores of every span of every output.
 
     Args:
       scores: [..., K, N].
       keep: bool, as scores: which may stay.
-      quota: int32 [spans]: how many stay.
-      span: inputs that are compared; the last span may be shorter.
+      spans: the spans.
     """
-    *lead, size, n = scores.shape
-    scores = jnp.moveaxis(jnp.where(keep, scores, -jnp.inf), -1, -2)  # [..., N, K]
-    extra = [(0, 0)] * (scores.ndim - 1) + [(0, len(quota) * span - size)]
-    rows = jnp.pad(scores, extra, constant_values=-jnp.inf).reshape(-1, span)
-    quotas = jnp.broadcast_to(quota, (math.prod(lead) * n, len(quota))).reshape(-1)
-    mask = jax.vmap(top_k_mask)(rows, quotas).reshape(*lead, n, -1)[..., :size]
-    return jnp.moveaxis(mask, -1, -2) & keep
+    *lead, _, n = scores.shape
+    wide = spread_out(jnp.where(keep, scores, -jnp.inf), spans.places, -jnp.inf)
+    rows = jnp.moveaxis(wide, -1, -2).reshape(-1, spans.size)  # of [..., N, spans]
+    quotas = jnp.broadcast_to(spans.quota, (math.prod(lead) * n, len(spans.quota))).reshape(-1)
+    mask = jnp.moveaxis(jax.vmap(top_k_mask)(rows, quotas).reshape(*lead, n, -1), -1, -2)
+    return mask[..., spans.places >= 0, :] & keep

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -29,7 +30,8 @@ from jaxcompress.prune.calibrated import (
     Rules,
     Share,
     prune_layers,
-    quota_in_lines,
+    spans_of,
+    spread_out,
     state_of,
     targets,
 )
@@ -65,7 +67,7 @@ def sparse_gpt(
     """Zeroes weights, and changes the others so that the outputs of every layer stay.
 
     The inputs are taken in blocks. When a block is reached, its weights of all outputs (or every m
-    inputs of each) are compared by w_i^2 / [(H_FF)^-1]_ii, H = X^T X and F the inputs not yet done;
+    input channels of each) are compared by w_i^2 / [(H_FF)^-1]_ii, H = X^T X and F the inputs not yet done;
     the smallest become zero, one input after the other, and the inputs still to come make up for
     it. A leaf of N weights keeps exactly round((1 - sparsity) N), each block its share of them; or
     n of m. Inputs that were always zero go first. An output that the changes make worse than the
@@ -116,11 +118,15 @@ def sparse_gpt(
         if layer.path in stored:
             spec, qparams = stored[layer.path]
             format, grid = grid_of(layer, spec.format, qparams, where=spec.where, shape=leaf.shape)
-        args, order = (w, moments.hessian, keep, grid), jnp.arange(w.shape[2])
-        how = {"format": format, "sweeps": sweeps, **_choice(share, w.shape, block)}
-        run = lambda damp: solve(*args, damp, order, **how)
+        places, choice = _choice(share, w.shape, block, layer.channels)
+        filled = lambda x: spread_out(x, places, 0)
+        square = filled(jnp.swapaxes(filled(moments.hessian), -1, -2))
+        args = filled(w), square, filled(keep), jax.tree.map(filled, grid)
+        how = {"format": format, "sweeps": sweeps, **choice}
+        run = lambda damp: solve(*args, damp, jnp.arange(len(places)), **how)
         found = with_damping(run, damping, name=layer.tap.name)
-        return Pruned(found.weights, found.keep)
+        there = places >= 0
+        return Pruned(found.weights[:, :, there], found.keep[:, :, there])
 
     pruned, found = prune_layers(
         solve_layer,
@@ -169,20 +175,23 @@ def _stored(params: Any, quantize: Mapping[str, Stored] | None) -> dict[str, _Sc
     }
 
 
-def _choice(share: Share, shape: tuple[int, ...], block: int) -> dict[str, Any]:
-    # The sweep's block, what is compared, and how many stay [S, G, spans].
+def _choice(
+    share: Share, shape: tuple[int, ...], block: int, channels: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    # Where the inputs lie; the sweep's block, what is compared, and how many stay [S, G, spans].
     *lead, size, n = shape
     if isinstance(share, tuple):
-        span, quota = quota_in_lines(share, size)
+        span, quota, places = spans_of(share, size, channels)
         width = span * min(max(1, block // span), len(quota))
         quotas = jnp.broadcast_to(jnp.asarray(quota), (*lead, len(quota)))
-        return {"block": width, "choice": Choice(span, together=False), "quota": quotas}
-    width = min(block, size)
+        chosen = {"block": width, "choice": Choice(span, together=False), "quota": quotas}
+        return places, chosen
+    places, width = np.arange(size), min(block, size)
     if share == 0:
-        return {"block": width}
+        return places, {"block": width}
     # Differences of rounded totals: every block has its share, and the leaf has it exactly.
     ends = np.minimum(np.arange(1, -(-size // width) + 1) * width, size) * n
     totals = (np.arange(math.prod(lead))[:, None] * size * n + ends).reshape(-1)
     kept = np.array([keep_count(int(total), share) for total in (0, *totals)])
     quotas = jnp.asarray(np.diff(kept).reshape(*lead, -1), jnp.int32)
-    return {"block": width, "choice": Choice(width, together=True), "quota": quotas}
+    return places, {"block": width, "choice": Choice(width, together=True), "quota": quotas}

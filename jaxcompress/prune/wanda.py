@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState
@@ -17,8 +18,9 @@ from jaxcompress.prune.calibrated import (
     Pruned,
     Rules,
     Share,
+    Spans,
     prune_layers,
-    quota_in_lines,
+    spans_of,
     state_of,
     targets,
     top_of_spans,
@@ -40,7 +42,7 @@ def wanda(
     """Zeroes the weights with the smallest |W_ij| ||X_i||_2 of every output j; the others stay.
 
     X_i is input i over all rows of the data. Of the K weights of an output exactly
-    round((1 - sparsity) K) are kept, or n of m consecutive ones. No weight is changed otherwise.
+    round((1 - sparsity) K) are kept, or n of m consecutive input channels of each tap. No weight is changed otherwise.
 
     Args:
       apply_fn: pure, (params, *inputs) -> outputs.
@@ -74,8 +76,7 @@ def wanda(
 
     def solve(layer: Layer, leaf: Array, moments: Moments, share: Share, keep: Array) -> Pruned:
         w = matrices(layer, leaf)
-        span, quota = quota_in_lines(share, w.shape[2])
-        return _solve(w, moments, keep, jnp.asarray(quota), span=span)
+        return _solve(w, moments, keep, spans_of(share, w.shape[2], layer.channels))
 
     pruned, found = prune_layers(
         solve,
@@ -92,9 +93,17 @@ def wanda(
     return pruned, state_of(found)
 
 
-@functools.partial(jax.jit, static_argnames="span")
-def _solve(w: Array, moments: Moments, keep: Array, quota: Array, *, span: int) -> Pruned:
+def _solve(w: Array, moments: Moments, keep: Array, spans: Spans) -> Pruned:
+    how = {"size": spans.size, "places": tuple(spans.places.tolist())}
+    return _masked(w, moments, keep, jnp.asarray(spans.quota), **how)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "places"))
+def _masked(
+    w: Array, moments: Moments, keep: Array, quota: Array, *, size: int, places: tuple[int, ...]
+) -> Pruned:
     # S_ij = |W_ij| ||X_i||_2
     norms = jnp.sqrt(moments.scatter + moments.total * moments.mean)
-    mask = top_of_spans(jnp.abs(w) * norms[..., None], keep, quota, span=span)
+    spans = Spans(size, quota, np.array(places, np.int64))
+    mask = top_of_spans(jnp.abs(w) * norms[..., None], keep, spans)
     return Pruned(jnp.where(mask, w, 0.0), mask)

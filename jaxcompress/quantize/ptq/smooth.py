@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.packed import fake_quantize
-from jaxcompress.graph.absorb import Absorption, absorbable, channels_of, ranges, rescale, slots
+from jaxcompress.graph.absorb import Absorption, absorbable, ranges, rescale, slots, spread
 from jaxcompress.graph.capture import Moments, capture
 from jaxcompress.graph.matrices import Layer
 from jaxcompress.quantize.ptq.spec import Plan, Rules, Spec, leaf, plan
@@ -30,8 +30,8 @@ def smooth_quant(
 
     The function stays the same; s goes out of what produces X, where that can be
     (`graph.absorb.absorbable`): the scale of a norm, the layer before a ReLU, attention's values.
-    All layers that read X count in max|W|. Meant for quantized activations, of which a few channels
-    are far larger than the rest.
+    All layers that read X count in max|W|, and all tensors that meet one weight in max|X|. Meant
+    for quantized activations, of which a few channels are far larger than the rest.
 
     Args:
       apply_fn: pure, (params, *inputs) -> outputs.
@@ -54,7 +54,7 @@ def smooth_quant(
     groups, taking = _groups(apply_fn, params, planned)
     moments = _moments(apply_fn, params, planned, taking, gram=False)
     for group, layers in zip(groups, taking, strict=True):
-        inputs = _per_channel(group, layers[0], moments[layers[0].tap.name].largest)
+        inputs = _largest(group, layers, moments)
         weights = ranges(params, group.consumers, group.channels)
         alive = (inputs > 0) & (weights > 0)
         x, w = jnp.where(alive, inputs, 1.0), jnp.where(alive, weights, 1.0)
@@ -73,10 +73,11 @@ def awq(
 ) -> tuple[Any, CompressState]:
     """Protects the weights of large inputs: X / s and s W, s = mean|X|^a / sqrt(max s min s).
 
-    For every tensor X that can be scaled, the a out of `grid` between 0 and 1 with the least
-    sum over its layers of ||(Q(s W) / s - W)^T X||^2, from X X^T. a = 0 rounds to nearest, so the
-    sum is never more than that of rounding to nearest. A `Spec` with `calibrate=quantize.mse()`
-    clips as well.
+    For every tensor X that can be scaled (or several that one weight meets), the a out of `grid`
+    between 0 and 1 with the least sum over all uses of its weights of ||(Q(s W) / s - W)^T X||^2,
+    from X X^T. a = 0 rounds to nearest, so the sum is never more than that of rounding to nearest.
+    Weights that something else than contractions reads keep their scales; a warning names them. A
+    `Spec` with `calibrate=quantize.mse()` clips as well.
 
     Args:
       apply_fn, params, data, spec: as `smooth_quant`.
@@ -93,25 +94,53 @@ def awq(
     if grid < 2:
         raise ValueError(f"grid must be at least 2, got {grid}")
     planned = plan(apply_fn, params, data, spec)
-    groups, taking = _groups(apply_fn, params, planned)
+    groups, taking = _judged(*_groups(apply_fn, params, planned), planned)
     exponents = jnp.linspace(0.0, 1.0, grid)
-    moments = _moments(apply_fn, params, planned, taking, gram=True)
-    for group, layers in zip(groups, taking, strict=True):
-        first = moments[layers[0].tap.name]
-        inputs = _mean_per_channel(group, layers[0], first)
+    using = [_users(group, planned) for group in groups]
+    moments = _moments(apply_fn, params, planned, using, gram=True)
+    for group, layers, users in zip(groups, taking, using, strict=True):
+        inputs = _mean_magnitude(group, layers, moments)
         losses = jnp.zeros(grid)
-        for layer in layers:
+        for layer in users:
+            (scaled,) = (part for part in group.consumers if part.path == layer.path)
             losses += _losses(
                 leaf(params, layer.path),
-                _by_rows(moments[layer.tap.name]),
+                moments[layer.tap.name].gram,
                 inputs,
                 exponents,
-                layer=_Static((layer, channels_of(group, layer))),
+                layer=_Static((layer, scaled)),
                 spec=planned.spec[layer.path],
             )
         best = exponents[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
         params = rescale(params, group, 1 / activation_scales(inputs, best))
     return params, planned.recipe.init(params)
+
+
+def _users(group: Absorption, planned: Plan) -> list[Layer]:
+    # All uses of the weights that a group scales, those of other tensors too: they share grids.
+    paths = {elements.path for elements in group.consumers}
+    return [layer for layer in planned.layers if layer.path in paths]
+
+
+def _paths(layers: Sequence[Layer]) -> set[str]:
+    return {layer.path for layer in layers}
+
+
+def _judged(
+    groups: list[Absorption], taking: list[list[Layer]], planned: Plan
+) -> tuple[list[Absorption], list[list[Layer]]]:
+    # Those whose whole error layers show; warns of the others.
+    left, kept = {}, []
+    for number, layers in enumerate(taking):
+        read = {
+            layer.path: planned.read[layer.path] for layer in layers if layer.path in planned.read
+        }
+        left |= read
+        kept += [] if read else [number]
+    if left:
+        names = ", ".join(f"{path} (also read by {what})" for path, what in left.items())
+        warnings.warn(f"not scaled, since not only contractions read them: {names}", stacklevel=3)
+    return [groups[k] for k in kept], [taking[k] for k in kept]
 
 
 def activation_scales(inputs: Array, exponent: Array) -> Array:
@@ -133,22 +162,21 @@ class _Static(tuple):
 
 @functools.partial(jax.jit, static_argnames=("layer", "spec"))
 def _losses(
-    weights: Array, hessian: Array, inputs: Array, exponents: Array, *, layer: Any, spec: Spec
+    weights: Array, gram: Array, inputs: Array, exponents: Array, *, layer: Any, spec: Spec
 ) -> Array:
-    # tr(D^T H D), D = Q(s W) / s - W, for every exponent.
-    view, channel = layer
-    w = view.take(weights).astype(jnp.float32)
+    # tr(D^T X X^T D), D = Q(s W) / s - W, for every exponent.
+    view, elements = layer
+    wide = weights.astype(jnp.float32)
 
     def loss(exponent):
-        s = activation_scales(inputs, exponent)
-        s = jnp.where(channel < 0, 1.0, s[channel])[..., None]  # [S, G, K, 1]
-        scaled = view.put(weights, w * s)
+        s = spread(elements, activation_scales(inputs, exponent), 1.0)
+        scaled = (wide * s).astype(weights.dtype)
         where = spec.where
         qparams = qparams_of(scaled, spec.format, where, calibrate=spec.calibrate)
         rounded = fake_quantize(scaled, qparams, format=spec.format, granularity=where)
-        delta = view.take(rounded).astype(jnp.float32) / s - w
+        delta = view.take(rounded.astype(jnp.float32) / s - wide)
         high = lax.Precision.HIGHEST
-        return jnp.sum(delta * jnp.einsum("sgkl,sgln->sgkn", hessian, delta, precision=high))
+        return jnp.sum(delta * jnp.einsum("sgkl,sgln->sgkn", gram, delta, precision=high))
 
     return lax.map(loss, exponents)
 
@@ -190,20 +218,23 @@ def _moments(
     return capture(apply_fn, params, planned.batches, layers=list(chosen.values()), gram=gram)
 
 
-def _per_channel(group: Absorption, layer: Layer, values: Array) -> Array:
-    # The largest of the values [S, G, K] of each channel; 0 where there is none.
-    at = slots(group, layer)
-    return jnp.zeros(group.channels).at[at].max(values.reshape(-1), mode="drop")
+def _largest(group: Absorption, layers: Sequence[Layer], moments: Mapping[str, Moments]) -> Array:
+    # The largest input of each channel, [channels], over all layers; 0 where there is none.
+    found = jnp.zeros(group.channels)
+    for layer in layers:
+        values = moments[layer.tap.name].largest.reshape(-1)
+        found = found.at[slots(group, layer)].max(values, mode="drop")
+    return found
 
 
-def _mean_per_channel(group: Absorption, layer: Layer, moments: Moments) -> Array:
-    at = slots(group, layer)
-    zeros = jnp.zeros(group.channels)
-    rows = jnp.broadcast_to(moments.count[..., None], moments.magnitude.shape)
-    total = zeros.at[at].add(moments.magnitude.reshape(-1), mode="drop")
-    return total / jnp.maximum(zeros.at[at].add(rows.reshape(-1), mode="drop"), 1.0)
-
-
-def _by_rows(moments: Moments) -> Array:
-    # X X^T over the mean number of rows of a matrix: one that more rows reach counts more.
-    return moments.gram / jnp.maximum(jnp.mean(moments.count), 1.0)
+def _mean_magnitude(
+    group: Absorption, layers: Sequence[Layer], moments: Mapping[str, Moments]
+) -> Array:
+    # The mean magnitude of each channel, [channels], over all rows of all layers.
+    total = count = jnp.zeros(group.channels)
+    for layer in layers:
+        at, seen = slots(group, layer), moments[layer.tap.name]
+        rows = jnp.broadcast_to(seen.count[..., None], seen.magnitude.shape)
+        total = total.at[at].add(seen.magnitude.reshape(-1), mode="drop")
+        count = count.at[at].add(rows.reshape(-1), mode="drop")
+    return total / jnp.maximum(count, 1.0)

@@ -103,6 +103,7 @@ class Plan(NamedTuple):
       batches: the data, a list.
       pools: the weights of the layers, each with all that uses them.
       apart: "path (reason)" of the leaves whose uses have no pool; or "".
+      read: path of a leaf -> what else than contractions reads it.
     """
 
     recipe: Compressor
@@ -112,6 +113,7 @@ class Plan(NamedTuple):
     batches: Batches
     pools: tuple[Pool, ...]
     apart: str
+    read: dict[str, str]
 
     def with_qparams(self, state: CompressState, qparams: Mapping[str, Any]) -> CompressState:
         """The recipe's state with other scales, {path: the format's arrays}."""
@@ -141,7 +143,9 @@ def plan(
     """
     check_rules(spec)
     batches = check_batches(data)
-    matched = match_layers(layers(apply_fn, params, *batches[0]), params, spec)
+    network = layers(apply_fn, params, *batches[0])
+    matched = match_layers(network, params, spec)
+    read = {reader.path: reader.what for reader in network.readers}
     if matched.left:
         warnings.warn(
             f"rounded only, since no contraction takes them as they are: {matched.left}",
@@ -149,4 +153,4 @@ def plan(
         )
     specs = {path: spec[rule] for path, rule in matched.rules.items()}
     found = matched.layers, matched.rules, specs, batches, matched.pools, matched.apart
-    return Plan(recipe(spec), *found)
+    return Plan(recipe(spec), *found, read)
