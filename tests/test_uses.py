@@ -15,6 +15,7 @@ from jaxcompress.graph.capture import capture
 from jaxcompress.graph.matrices import layers
 from jaxcompress.graph.uses import pools
 from jaxcompress.prune.group_obs import group_obs
+from jaxcompress.prune.n_m import n_m
 from jaxcompress.prune.sparse_gpt import sparse_gpt
 from jaxcompress.prune.wanda import wanda
 from jaxcompress.quantize import Spec, ptq
@@ -350,3 +351,40 @@ def test_awq_looks_at_slices_that_share_the_grid_and_leaves_what_else_is_read():
     with pytest.warns(UserWarning, match="not scaled, .*: w .also read by"):
         new, _ = ptq.awq(looked_up, params, [(A[:, :12],)], spec)
     jax.tree.map(np.testing.assert_array_equal, new, params)
+
+
+def conv(x, w, groups=1):
+    return lax.conv_general_dilated(
+        x,
+        w,
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+KERNELS = {
+    "channels no multiple of 4": (conv, (3, 3, 6, 8), (2, 5, 5, 6)),
+    "fewer channels than 4": (conv, (3, 3, 3, 4), (2, 5, 5, 3)),
+    "depthwise": (lambda x, w: conv(x, w, 6), (3, 3, 1, 6), (2, 5, 5, 6)),
+    "two axes": (lambda x, w: jnp.einsum("bhd,hdn->bn", x, w), (3, 6, 5), (40, 3, 6)),
+    "two axes the other way": (lambda x, w: jnp.einsum("bdh,hdn->bn", x, w), (3, 6, 5), (40, 6, 3)),
+}
+
+
+@pytest.mark.parametrize("method", [wanda, sparse_gpt], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("name", KERNELS)
+def test_n_of_m_goes_along_input_channels_tap_by_tap(name, method):
+    apply, shape, inputs = KERNELS[name]
+    w, x = draw(*shape), draw(*inputs, seed=7)
+    got, state = method(lambda p, x: apply(x, p), w, [(x,)], (2, 4))
+    mask = np.asarray(state.buffers.masks)
+    np.testing.assert_array_equal(mask, np.asarray(got) != 0)
+    for start in range(0, shape[-2], 4):
+        span = mask[..., start : start + 4, :]
+        assert (span.sum(-2) == -(-2 * span.shape[-2] // 4)).all()
+    if method is wanda:  # inputs of one size: the largest magnitudes, where `n_m` keeps them
+        ones, _ = wanda(lambda p, x: apply(x, p), w, [(jnp.sign(x),)], (2, 4))
+        want = n_m(2, 4).expand(jnp.zeros((1,) * w.ndim, bool), jnp.abs(w))
+        np.testing.assert_array_equal(np.asarray(ones) != 0, want)

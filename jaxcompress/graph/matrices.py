@@ -142,8 +142,11 @@ def _arranged(site: Site, index: np.ndarray) -> np.ndarray:
 
 
 def _dot_axes(site: Site, operand: int) -> tuple[tuple[int, ...], ...]:
-    found = numbers_at(site)
-    return found.batch[operand], found.contracted[operand], found.free[operand]
+    # What is summed over in the order of the weight's axes: its last one varies fastest.
+    found, weight = numbers_at(site), site.weight or 0
+    pairs = sorted(zip(*found.contracted, strict=True), key=lambda pair: pair[weight])
+    contracted = tuple(pair[operand] for pair in pairs)
+    return found.batch[operand], contracted, found.free[operand]
 
 
 def _dot_matrices(index: np.ndarray, site: Site, operand: int) -> np.ndarray:

@@ -67,10 +67,10 @@ def sparse_gpt(
     """Zeroes weights, and changes the others so that the outputs of every layer stay.
 
     The inputs are taken in blocks. When a block is reached, its weights of all outputs (or every m
-    input channels of each) are compared by w_i^2 / [(H_FF)^-1]_ii, H = X^T X and F the inputs not yet done;
-    the smallest become zero, one input after the other, and the inputs still to come make up for
-    it. A leaf of N weights keeps exactly round((1 - sparsity) N), each block its share of them; or
-    n of m. Inputs that were always zero go first. An output that the changes make worse than the
+    input channels of each) are compared by w_i^2 / [(H_FF)^-1]_ii, H = X^T X and F the inputs not
+    yet done; the smallest become zero, one input after the other, and those still to come make up
+    for it. A leaf of N weights keeps exactly round((1 - sparsity) N), each block its share of them;
+    or n of m. Inputs that were always zero go first. An output that the changes make worse than the
     same mask alone keeps its weights.
 
     Args:

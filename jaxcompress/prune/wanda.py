@@ -42,7 +42,8 @@ def wanda(
     """Zeroes the weights with the smallest |W_ij| ||X_i||_2 of every output j; the others stay.
 
     X_i is input i over all rows of the data. Of the K weights of an output exactly
-    round((1 - sparsity) K) are kept, or n of m consecutive input channels of each tap. No weight is changed otherwise.
+    round((1 - sparsity) K) are kept, or n of m consecutive input channels of each tap. No weight is
+    changed otherwise.
 
     Args:
       apply_fn: pure, (params, *inputs) -> outputs.
