@@ -343,7 +343,7 @@ def test_awq_looks_at_slices_that_share_the_grid_and_leaves_what_else_is_read():
     params = {"s": jnp.exp(2 * draw(12, seed=20)), "w": W}
     new, state = ptq.awq(fn, params, [(A[:, :12], B[:, :12])], spec)
     xs = np.tanh(np.float64(A[:, :12])) * np.float64(params["s"]), np.float64(B[:, :12])
-    view, s = recipe(spec).apply(new, state)["w"], np.float64(params["s"] / new["s"])
+    view, s = recipe(spec).apply(new, state)["w"], np.asarray(params["s"] / new["s"], np.float64)
     back = np.concatenate([np.float64(view[:12]) / s[:, None], view[12:]])
     both = lambda v: error(xs[:1], v[:12], W[:12]).sum() + error(xs[1:], v[12:], W[12:]).sum()
     assert both(back) <= both(nearest(params, spec)["w"]) * (1 + 1e-5)

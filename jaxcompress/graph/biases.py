@@ -69,9 +69,10 @@ def biases_and_readers(
             continue
         k, add = reading[0]
         others = [port for port, n in enumerate(add.operands) if n is not None and n != number]
-        if len(others) != 1 or add.operands[others[0]] not in parts:
+        value = add.operands[others[0]] if len(others) == 1 else None
+        if value is None or value not in parts:
             continue
-        part, depth = parts[add.operands[others[0]]].inside(len(op.region)), len(op.region)
+        part, depth = parts[value].inside(len(op.region)), len(op.region)
         lead, shape = part.index.shape[:depth], part.index.shape[depth:]
         if len(shape) != len(site.out.shape):  # a scalar
             continue

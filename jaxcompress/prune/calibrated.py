@@ -209,7 +209,7 @@ class Spans(NamedTuple):
     """
 
     size: int
-    quota: np.ndarray
+    quota: Any
     places: np.ndarray
 
 
