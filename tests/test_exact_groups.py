@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import jaxcompress as jc
 from jaxcompress.graph.axes import axes
 from jaxcompress.prune.coupled import group_masks
 from jaxcompress.prune.shrink import shrink
@@ -227,3 +228,24 @@ def test_inside_a_function_that_is_traced():
         return x * len(axes(EXACT["standardized weights"], PARAMS, X).groups["v[1]"].inexact)
 
     assert float(jax.jit(traced)(jnp.float32(1.0))) == 0
+
+
+def test_what_froze_the_axes_is_named():
+    def fn(p, x):
+        return jnp.real(jnp.fft.fft(x @ p["v"])) @ p["w"]
+
+    with pytest.raises(ValueError, match=r"there are none \(without a rule: fft; frozen: v\[0\]"):
+        used = {"v": PARAMS["v"], "w": PARAMS["w"]}
+        jc.search.narrow(fn, used, [(X,)], 0.5)
+    with pytest.raises(ValueError, match=r"no group 'v\[1\]'; nearest: .*without a rule: fft"):
+        shrink(fn, PARAMS, {"v[1]": KEEP}, X)
+
+
+def test_a_forward_with_a_state_is_said_to_need_it():
+    def forward(params, state, x):
+        return x @ params["v"] + state
+
+    act = jc.quantize.activations(forward, jc.formats.integer(8))
+    grids = act.grids(act.observe(act.init(PARAMS, 0.0, X), PARAMS, 0.0, X))
+    with pytest.raises(TypeError, match=r"forward\(params, state, x\) was given params and 1 inp"):
+        act.apply(grids, PARAMS, X)

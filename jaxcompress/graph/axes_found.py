@@ -66,6 +66,14 @@ class Axes:
     program: "Cuttable" = field(hash=False, repr=False)
 
     @property
+    def why_none(self) -> str:
+        """What froze axes, for messages where no group is found."""
+        unknown = f"without a rule: {', '.join(self.unknown)}; " if self.unknown else ""
+        frozen = [f"{path}[{axis}]: {why}" for path, axis, why in self.frozen]
+        more = f" and {len(frozen) - 4} more" if len(frozen) > 4 else ""
+        return f"{unknown}frozen: {', '.join(frozen[:4]) or 'nothing'}{more}"
+
+    @property
     def every(self) -> dict[str, Group]:
         """All groups, of channels and of layers."""
         return {**self.groups, **self.layers}

@@ -1,5 +1,6 @@
 """Finds every contraction of a function, the parameters that feed it and what it costs."""
 
+import inspect
 import math
 from collections.abc import Callable
 from types import MappingProxyType
@@ -69,6 +70,7 @@ def trace_program(
 ) -> Program:
     """As `trace`, with the jaxpr and the place of every tap; unused code is kept or dropped."""
     leaves = _param_leaves(params)
+    _check_call(fn, params, inputs)
     closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
     if not dead_code:
         closed = compat.without_dead_code(closed)
@@ -186,3 +188,19 @@ def _taps(site: Site, active: tuple[bool, bool]) -> tuple[Tap, ...]:
     if all(active):
         return Tap(site, 0, f"{site.name}/lhs"), Tap(site, 1, f"{site.name}/rhs")
     return (Tap(site, active.index(True), site.name),)
+
+
+def _check_call(fn: Any, params: Any, inputs: tuple[Any, ...]) -> None:
+    """Raises TypeError if a function cannot be called with params and these inputs."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # it has none
+        return
+    try:
+        signature.bind(params, *inputs)
+    except TypeError as error:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise TypeError(
+            f"{name}{signature} was given params and {len(inputs)} inputs: {error}. A forward that "
+            "takes a state besides (BatchNorm in training) needs it among the inputs, after params"
+        ) from None

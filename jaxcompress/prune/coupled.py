@@ -134,7 +134,9 @@ def group_names(axes: Axes, of: Iterable[str] | None) -> list[str]:
     for name in names:
         if name not in axes.every:
             nearest = ", ".join(map(repr, near_misses(name, axes.every)))
-            raise ValueError(f"there is no group {name!r}; nearest: {nearest or 'none'}")
+            raise ValueError(
+                f"there is no group {name!r}; nearest: {nearest or 'none'}; {axes.why_none}"
+            )
     return names
 
 

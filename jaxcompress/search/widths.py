@@ -65,7 +65,8 @@ def narrow(
     norms = group_norms(found, params)
     scores = {name: norm for name, norm in norms.items() if re.fullmatch(groups, name)}
     if not scores:
-        near = ", ".join(near_misses(groups, norms) or list(norms)[:3]) or "there are none"
+        near = ", ".join(near_misses(groups, norms) or list(norms)[:3])
+        near = near or f"there are none ({found.why_none})"
         raise ValueError(f"groups={groups!r} matches no group of channels; nearest: {near}")
     if allocation == "uniform":
         kept = groups_for_macs(found, scores, macs, round_to=round_to)
