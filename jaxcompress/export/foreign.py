@@ -36,6 +36,8 @@ def other_kind(head: bytes) -> str | None:
 def described(path: Path, names: Iterable[str], metadata: Mapping[str, str]) -> str:
     """What a safetensors file of others is, by the names of its tensors, with what to do."""
     names = list(names)
+    if "stablehlo" in metadata:
+        return "it is a program that export.stablehlo wrote: read it with export.load_stablehlo"
     for ends, kind in _TOOLS:
         if all(any(name.endswith(end) for name in names) for end in ends):
             return f"it is {kind}, whose codes are laid out in another way: {_FLOATS}"
