@@ -306,6 +306,31 @@ def test_without_the_converter(monkeypatch, tmp_path):
         jc.export.litert(lambda p, x: x, (), jnp.ones(3), path=tmp_path / "a.tflite")
 
 
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+def test_gates_that_are_split_and_joined_keep_their_steps(activations, tmp_path):
+    packed = pack({"w": normal(1, 6, 12), "v": normal(2, 6, 4)}, 8)
+    fn = lambda p, x: x @ jnp.concatenate([jnp.split(p["w"], 2, 1)[0], p["v"], p["w"][:, 6:]], 1)
+    report = jc.export.litert(
+        fn, packed, normal(3, 2, 6), path=tmp_path / "a.tflite", activations=activations
+    )
+    assert report.verified.largest_difference is not None and not report.widened
+    assert any("int8" in o.inputs for o in report.operators)
+
+
+def test_what_is_widened_is_said(tmp_path):
+    w = jnp.asarray(np.arange(-8, 8).reshape(4, 4), jnp.float32)
+    full = jc.quantize.weights(integer(4, narrow=False))
+    packed = {"w": full.pack(w, full.init(w))}
+    x, path = normal(3, 2, 4), tmp_path / "a.tflite"
+    report = jc.export.litert(lambda p, x: x @ p["w"], packed, x, path=path, activations="dynamic")
+    codes = np.rint(np.asarray(jc.unpack(packed)["w"]) / np.asarray(packed["w"].qparams.scale))
+    assert ("w" in report.widened) == bool((codes == -8).any())
+    packed = pack({"w": normal(1, 6, 12)}, 8)
+    pick = lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 1)))
+    report = jc.export.litert(pick, packed, normal(3, 2, 6), path=path)
+    assert "float32" in report.widened["w"]
+
+
 @pytest.mark.long
 def test_a_microcontroller_runtime_gives_the_same(program, tmp_path):
     runtime = pytest.importorskip("tflite_micro.python.tflite_micro.runtime")

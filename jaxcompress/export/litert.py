@@ -38,6 +38,7 @@ class LiteRT(NamedTuple):
     operators: tuple[Operator, ...]  # by name and types, in the order of their first appearance
     integer: bool  # nothing but QUANTIZE of inputs and DEQUANTIZE of outputs sees a float
     verified: Verified  # what a run of the file showed
+    widened: Mapping[str, str]  # weights that are stored in more bits than they have, and why
 
 
 def litert(
@@ -110,7 +111,7 @@ def litert(
     shown = _verified(content, source, trial, found) if verify else unverified("verify=False")
     with replacing(path) as file:
         file.write(content)
-    return LiteRT(Path(path), len(content), *found, shown)
+    return LiteRT(Path(path), len(content), *found, shown, source.widened)
 
 
 class _Source(NamedTuple):
@@ -120,6 +121,7 @@ class _Source(NamedTuple):
     inputs: tuple[Any, ...]  # as they were given
     reference: Callable[..., Any]  # (params, *inputs), not rewritten for the converter
     params: Any
+    widened: dict[str, str]
 
 
 def _verified(
@@ -172,7 +174,7 @@ def _of_program(program: IntegerProgram, arguments: tuple[Any, ...], activations
     marked = marked_program(program)
     reference = lambda _, x: marked(x)
     fn = marked_weights(reference, (), dynamic=False)
-    return _Source(fn, (drawn_input(program, shape),), reference, ())
+    return _Source(fn, (drawn_input(program, shape),), reference, (), {})
 
 
 def _of_function(apply_fn: Any, arguments: tuple[Any, ...], activations: Any) -> _Source:
@@ -201,8 +203,9 @@ def _of_function(apply_fn: Any, arguments: tuple[Any, ...], activations: Any) ->
             f"got {activations!r:.100}"
         )
     dynamic = activations == "dynamic"
-    fn = marked_weights(apply_fn, packed, dynamic=dynamic)
+    widened: dict[str, str] = {}
+    fn = marked_weights(apply_fn, packed, dynamic=dynamic, widened=widened)
     if dynamic:  # the grids of activations are a part of what is computed
-        return _Source(fn, tuple(inputs), lambda _, *x: fn(*x), ())
+        return _Source(fn, tuple(inputs), lambda _, *x: fn(*x), (), widened)
     params = jax.tree.map(np.asarray, unpack(packed))
-    return _Source(fn, tuple(inputs), apply_fn, params)
+    return _Source(fn, tuple(inputs), apply_fn, params, widened)

@@ -29,8 +29,10 @@ from jaxcompress.graph import compat
 
 _VIEWS = frozenset(
     "reshape transpose squeeze expand_dims slice rev broadcast_in_dim convert_element_type "
-    "copy copy_p stop_gradient".split()
+    "copy copy_p stop_gradient split concatenate".split()
 )
+_PICKS = frozenset({"gather", "dynamic_slice"})  # views where the indices are known
+_MOVES = _VIEWS | _PICKS | {"pad", "dynamic_update_slice", "select_n", "sort"}
 _OPEN = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
 
 
@@ -45,7 +47,11 @@ class Weight(NamedTuple):
 
 
 def marked_weights(
-    apply_fn: Callable[..., Any], packed: Any, *, dynamic: bool
+    apply_fn: Callable[..., Any],
+    packed: Any,
+    *,
+    dynamic: bool,
+    widened: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
     """`apply_fn` of the inputs alone, on packed weights that are marked.
 
@@ -53,6 +59,8 @@ def marked_weights(
       apply_fn: (params, *inputs) -> outputs.
       packed: its params; packed leaves are symmetric integers, with scales along whole axes.
       dynamic: whether what meets a weight is on dynamic grids (`mark_dynamic`).
+      widened: gets the weights that are stored in more bits than they have, and why, when the
+        returned function is traced.
 
     The returned function raises:
       ValueError: the steps of a weight vary along an axis along which a runtime has one.
@@ -65,7 +73,9 @@ def marked_weights(
     def marked(*inputs: Any) -> Any:
         closed, out = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
         values = [*weights, *jax.tree.leaves(inputs)]
-        results = _Evaluation(dynamic).run(compat.body(closed), values)
+        results = _Evaluation(dynamic, {} if widened is None else widened).run(
+            compat.body(closed), values
+        )
         return jax.tree.unflatten(jax.tree.structure(out), list(map(_marked, results)))
 
     return marked
@@ -113,8 +123,8 @@ def _marked(x: Any, axis: int | None = None) -> Any:
 class _Evaluation:
     """Evaluates jaxprs on values of which some are weights."""
 
-    def __init__(self, dynamic: bool):
-        self.dynamic = dynamic
+    def __init__(self, dynamic: bool, widened: dict[str, str]):
+        self.dynamic, self.widened = dynamic, widened
         self.grids: dict[int, tuple[Any, dict[str, Any]]] = {}  # id of an array -> its mark
 
     def run(self, body: compat.Body, values: Sequence[Any]) -> list[Any]:
@@ -142,13 +152,24 @@ class _Evaluation:
         if name == "composite" and not any(weights):
             return self._composite(eqn, values)
         if any(weights):
-            if name in _VIEWS and len(values) == 1:
-                return [_viewed(eqn, values[0])]
+            if name in _VIEWS and all(weights):
+                return _viewed(eqn, values)
             if name == compat.DOT and sum(weights) == 1:
                 return [self._dot(eqn, values, weights.index(True))]
+            if name in _PICKS and weights == [True] + [False] * (len(values) - 1):
+                rest = values[1:]
+                if not any(isinstance(x, jax.core.Tracer) for x in rest):
+                    return _viewed(eqn, values[:1], rest)
             if name == "gather" and weights == [True, False] and _is_lookup(eqn, *values):
                 return [_looked_up(*values)]
-        return compat.evaluate(eqn, list(map(_marked, values)))
+        return compat.evaluate(eqn, [self._moved(eqn, x) for x in values])
+
+    def _moved(self, eqn: Any, x: Any) -> Any:
+        # The runtime moves codes, and has no steps of their own for parts that were moved.
+        if isinstance(x, Weight) and _axes(x) and eqn.primitive.name in _MOVES:
+            self.widened[x.name] = f"float32: LiteRT has no {eqn.primitive.name} of its steps"
+            return jnp.asarray(x.array)
+        return _marked(x)
 
     def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
         constants, carried = compat.scan_sizes(eqn.params)
@@ -178,6 +199,10 @@ class _Evaluation:
             array=w.array.transpose(order).reshape(rows.shape[-1], math.prod(sizes)),
             step=w.step.transpose(order).reshape(rows.shape[-1], math.prod(sizes)),
         )
+        if self.dynamic and _has_lowest_of_four(matrix):
+            # Its kernels without XNNPACK read the code -8 as +8.
+            self.widened[w.name] = "int8: not all of its kernels read the int4 code -8"
+            matrix = matrix._replace(bits=8)
         if self.dynamic:
             rows = mark_dynamic(rows, axes=(rows.ndim - 1,))
         y = lax.dot_general(
@@ -238,6 +263,10 @@ class _Evaluation:
         )  # fmt: skip
 
 
+def _has_lowest_of_four(w: Weight) -> bool:
+    return w.bits == 4 and bool((np.rint(w.array / w.step) < -7).any())
+
+
 def _is_lookup(eqn: Any, table: Weight, indices: Any) -> bool:
     # Rows of a matrix.
     numbers = eqn.params["dimension_numbers"]
@@ -268,9 +297,12 @@ def _row(x: Any, i: int) -> Any:
     return x[i]
 
 
-def _viewed(eqn: Any, w: Weight) -> Any:
+def _viewed(eqn: Any, weights: Sequence[Weight], rest: Sequence[Any] = ()) -> list[Any]:
     with jax.ensure_compile_time_eval():
-        array, step = (
-            np.asarray(compat.evaluate(eqn, [jnp.asarray(a)])[0]) for a in (w.array, w.step)
+        arrays, steps = (
+            list(map(np.asarray, compat.evaluate(eqn, [*map(jnp.asarray, given), *rest])))
+            for given in ([w.array for w in weights], [w.step for w in weights])
         )
-    return w._replace(array=array, step=step)
+    bits, narrow = max(w.bits for w in weights), all(w.narrow for w in weights)
+    name = " and ".join(dict.fromkeys(w.name for w in weights))
+    return [Weight(name, *pair, bits, narrow) for pair in zip(arrays, steps, strict=True)]
