@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from jaxcompress.core.packed import QTensor, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
@@ -158,7 +159,7 @@ class _Evaluation:
                 return [self._dot(eqn, values, weights.index(True))]
             if name in _PICKS and weights == [True] + [False] * (len(values) - 1):
                 rest = values[1:]
-                if not any(isinstance(x, jax.core.Tracer) for x in rest):
+                if not any(isinstance(x, Tracer) for x in rest):
                     return _viewed(eqn, values[:1], rest)
             if name == "gather" and weights == [True, False] and _is_lookup(eqn, *values):
                 return [_looked_up(*values)]
