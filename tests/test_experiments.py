@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from experiments import (
     integer_cifar10,
     litert_differences,
     mcu_cifar10,
+    moe,
     prune_cifar10,
     prune_minilm,
     ptq_cifar10,
@@ -347,6 +349,17 @@ def test_qat_cifar10_keeps_its_runs(capsys, tmp_path):
     assert again["w4a4_minutes"] == row["w4a4_minutes"]  # from the file
     line = fails(qat_cifar10, "qat_cifar10", capsys, "--runs", "w3a3")
     assert "unknown --runs ['w3a3']" in line
+
+
+def test_moe(capsys):
+    with warnings.catch_warnings():  # so short a training may leave experts without rows
+        warnings.filterwarnings("ignore", message="no row of the data reaches these experts")
+        row = call(moe, "moe", capsys)
+    assert row["packed_bytes"] == row["predicted_bytes"] < row["float_bytes"] / 7
+    assert row["planned_bytes"] <= 0.15 * row["float_bytes"]
+    assert row["planned_weights_percent"] > 99.9  # all but norms and biases: the experts are in it
+    line = fails(moe, "moe", capsys, "--steps", "0")
+    assert "--steps must be at least 1, got 0" in line
 
 
 def test_distill_digits(capsys):

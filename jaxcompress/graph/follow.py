@@ -18,6 +18,7 @@ class Where(NamedTuple):
     branches: tuple[tuple[Place, int], ...] = ()
     in_while: bool = False
     unentered: str = ""  # the call that `walk` cannot enter
+    given: frozenset[str] = frozenset()  # parameters that this call was given
 
     def equation(self, number: int, eqn: Any) -> "Where":
         """The place of an equation of this jaxpr."""
@@ -41,6 +42,7 @@ class Found(NamedTuple):
     branches: tuple[tuple[Place, int], ...]
     in_while: bool
     unentered: str
+    given: frozenset[str]
 
 
 class Findings(NamedTuple):
@@ -101,7 +103,7 @@ def _equation(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list
 
 def _record(found: Sink, here: Where, eqn: Any, *, origins, active) -> None:
     if found is not None:
-        found.contractions.append(Found(eqn, origins, active, *here[:5], unentered=here.unentered))
+        found.contractions.append(Found(eqn, origins, active, *here))
 
 
 def _fixed_point(
@@ -166,7 +168,8 @@ def _other(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list[Or
     # Any other primitive. What it holds is looked at, but `walk` cannot change it.
     name = eqn.primitive.name
     unentered = here.unentered or (f"{name} at {here.scope!r}" if here.scope else name)
-    inside = here._replace(unentered=unentered)
+    given = here.given.union(*(o.params for o in origins))
+    inside = here._replace(unentered=unentered, given=given)
     if name in compat.OPAQUE:
         weights = [o for o in origins if not o.data]
         pair = flow.made_of(weights, eqn.invars[0].aval) if weights else Origin(), Origin(data=True)

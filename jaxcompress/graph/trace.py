@@ -141,6 +141,7 @@ def _report(
 def _weights(item: Found, leaves: dict[str, jax.ShapeDtypeStruct]) -> list[str]:
     pairs = zip(item.origins, item.active, strict=True)
     found = set().union(*(origin.params for origin, active in pairs if not active))
+    found = found or item.given  # the references of a kernel have no origin
     return [path for path in leaves if path in found]
 
 
