@@ -7,10 +7,12 @@ of `AxisType.Auto`; only results get types again.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
 
@@ -29,6 +31,12 @@ class _Axes(NamedTuple):
         if isinstance(x, Tracer):
             return reshard(x, PartitionSpec(*[None] * x.ndim))  # the mesh is that of the context
         return jax.device_put(x, NamedSharding(self.free, spec))
+
+    def loose_within(self, x: Any) -> Any:
+        """The same, for an iterator of batches too."""
+        if not isinstance(x, Iterator):
+            return self.loose(x)
+        return (jax.tree.map(self.loose, batch) for batch in x)
 
     def placed(self, x: Any, spec: PartitionSpec) -> Any:
         """An array laid out by the compiler as one of the mesh."""
@@ -80,8 +88,8 @@ def on_any_mesh(
     Args:
       function: any function of pytrees; what it computes must not depend on how arrays lie.
       like: (*arguments) -> a tree of the structure of the results, whose arrays say how these are
-        sharded. None: a result is sharded like the array of the first argument that has its shape
-        and whose path is part of its own (the mask at `masks/dense/kernel`, say, like the weight
+        sharded. None: a result is sharded like the array of the arguments that has its shape and
+        whose path is part of its own (the mask at `masks/dense/kernel`, say, like the weight
         `dense/kernel`); any other lies as the compiler chose, whole on every device under `jit`.
 
     >>> double = on_any_mesh(lambda tree: {"twice": jax.tree.map(lambda x: 2 * x, tree)})
@@ -96,26 +104,32 @@ def on_any_mesh(
             return function(*args, **kwargs)
         abstract = axes.free.abstract_mesh if isinstance(axes.free, Mesh) else axes.free
         with use_abstract_mesh(abstract):
-            positional, named = jax.tree.map(axes.loose, (args, kwargs))
+            positional, named = jax.tree.map(axes.loose_within, (args, kwargs))
             out = function(*positional, **named)
         leaves, treedef = jax.tree.flatten(out)
         if like is not None:
             specs = [_spec(x) or PartitionSpec() for x in treedef.flatten_up_to(like(*args))]
         else:
-            specs = _specs(out, args[0])
+            specs = _specs(out, (args, kwargs))
         return treedef.unflatten(map(axes.placed, leaves, specs))
 
     return run
 
 
-def _specs(results: Any, params: Any) -> list[PartitionSpec]:
-    known = [(f"/{path}/", x.shape, _spec(x)) for path, x in leaves_with_paths(params)]
+def _specs(results: Any, arguments: tuple[Any, Any]) -> list[PartitionSpec]:
+    positional, named = arguments
+    known = [
+        (f"/{path}/", x.shape, _spec(x))
+        for tree in (*positional, *named.values())
+        for path, x in leaves_with_paths(tree)
+        if _spec(x) is not None
+    ]
 
     def spec(path, x):
         within = [
             (len(p), s)
             for p, shape, s in known
-            if s and shape == x.shape and (p == "//" or p in f"/{path}/")
+            if shape == getattr(x, "shape", None) and (p == "//" or p in f"/{path}/")
         ]
         if within:
             return max(within, key=lambda pair: pair[0])[1]
@@ -123,6 +137,21 @@ def _specs(results: Any, params: Any) -> list[PartitionSpec]:
         return found.spec if isinstance(found, NamedSharding) else PartitionSpec()
 
     return [spec(path, x) for path, x in leaves_with_paths(results)]
+
+
+def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run on copies of the arrays of explicit meshes that no mesh holds."""
+
+    def whole(x):
+        return x if _spec(x) is None else jnp.asarray(np.asarray(x))
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if _axes((args, kwargs)) is not None:
+            args, kwargs = jax.tree.map(whole, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return run
 
 
 def automatic(tree: Any) -> Any:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxcompress.core.files import replacing
+from jaxcompress.core.meshes import on_one_device
 from jaxcompress.core.packed import Grid, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export.litert_convert import convert, converter
@@ -41,6 +42,7 @@ class LiteRT(NamedTuple):
     widened: Mapping[str, str]  # weights that are stored in more bits than they have, and why
 
 
+@on_one_device
 def litert(
     model: IntegerProgram | Callable[..., Any],
     *arguments: Any,

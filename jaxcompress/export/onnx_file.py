@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxcompress.core.meshes import on_one_device
 from jaxcompress.core.packed import is_packed, packed_bytes
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
@@ -74,6 +75,7 @@ class OnnxReport(NamedTuple):
     domains: tuple[str, ...] = ()
 
 
+@on_one_device
 def onnx(
     apply_fn: Callable[..., Any] | IntegerProgram,
     params: Any = None,

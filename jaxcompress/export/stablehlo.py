@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxcompress.core.files import replacing
+from jaxcompress.core.meshes import on_one_device
 from jaxcompress.core.packed import unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.storage import container
@@ -73,6 +74,7 @@ class StableHLO:
         return self.exported.call(*inputs)
 
 
+@on_one_device
 def stablehlo(
     model: IntegerProgram | Callable[..., Any],
     *arguments: Any,

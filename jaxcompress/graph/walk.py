@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph import compat
 from jaxcompress.graph.checks import check_answer, check_states
 from jaxcompress.graph.custom import keep_rule
@@ -76,7 +77,8 @@ class _Walker:
     def __init__(
         self, program: Program, visit: Visit, around: Around | None, names: frozenset[str]
     ):
-        self.visit, self.around = visit, around
+        # The network runs on its mesh as its author wrote it, what visitors compute anywhere.
+        self.visit, self.around = on_any_mesh(visit, like=lambda tap, *seen: seen), around
         self.taps: dict[Place, list[Tap]] = {}
         self.inside: dict[Place, list[str]] = {}  # names of the visited taps under a place
         for place, taps in program.places.items():

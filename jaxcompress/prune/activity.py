@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import entr
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph import Tap
 from jaxcompress.prune.taps import (
     Batch,
@@ -25,6 +26,7 @@ from jaxcompress.prune.taps import (
 )
 
 
+@on_any_mesh
 def apoz(
     apply_fn: Callable[..., Any], params: Any, data: Iterable[Batch], *, sites: str | None = None
 ) -> dict[str, Array]:
@@ -57,6 +59,7 @@ def apoz(
     return _scores(apply_fn, params, data, sites, count_nonzero)
 
 
+@on_any_mesh
 def on_off_entropy(
     apply_fn: Callable[..., Any], params: Any, data: Iterable[Batch], *, sites: str | None = None
 ) -> dict[str, Array]:
@@ -83,6 +86,7 @@ def binary_entropy(q: Array) -> Array:
     return jnp.abs(entr(q) + entr(1.0 - q))  # -0 at 0 and 1
 
 
+@on_any_mesh
 def hrank(
     apply_fn: Callable[..., Any],
     params: Any,

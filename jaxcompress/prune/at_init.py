@@ -15,6 +15,7 @@ import optax
 from jax import Array, lax
 
 from jaxcompress.core.compressor import is_float_array
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.select import keep_count, top_k_masks
 from jaxcompress.prune import exponents
 from jaxcompress.prune.schedules import check_sparsity
@@ -28,6 +29,7 @@ from jaxcompress.prune.score_trees import (
 from jaxcompress.prune.state import prunable
 
 
+@on_any_mesh
 def snip(loss_fn: Loss, params: Any, batch: tuple[Any, ...]) -> Any:
     """|dL/dm| / sum |dL/dm|, m gates on the weights at m = 1: what the loss feels of a removal.
 
@@ -76,6 +78,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return jnp.mean(losses)
 
 
+@on_any_mesh
 def grasp(
     apply_fn: Callable[..., Any],
     params: Any,
@@ -134,6 +137,7 @@ def _grasp(params, batch, temperature, *, apply_fn, loss):
     return scores_like(params, [w * h for w, h in zip(weights, product, strict=True)])
 
 
+@on_any_mesh
 def synflow(
     apply_fn: Callable[..., Any],
     params: Any,

@@ -35,6 +35,7 @@ from jax import Array, lax
 from jax.scipy.special import entr
 
 from jaxcompress.core.compressor import at_path, holds
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.prune.taps import (
     Batch,
     channels,
@@ -183,6 +184,7 @@ def entropy(state: ChannelHistogram) -> Array:
     return jnp.where(known, h, jnp.nan)
 
 
+@on_any_mesh
 def activation_entropy(
     apply_fn: Callable[..., Any],
     params: Any,

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.scipy.linalg import cho_solve
 
 from jaxcompress.core.compressor import holds, is_float_array, state_leaves
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph.capture import each_batch
 from jaxcompress.prune.score_trees import (
     Loss,
@@ -33,6 +34,7 @@ Batch = tuple[Any, ...]
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
+@on_any_mesh
 def fisher_diagonal(loss_fn: Loss, params: Any, batches: Iterable[Batch]) -> Any:
     """E[g_i^2] over examples, g the gradient of the loss of one example.
 
@@ -103,6 +105,7 @@ def examples_in(batch: Batch) -> int:
     return lengths.pop()[0]
 
 
+@on_any_mesh
 def obd(
     loss_fn: Loss,
     params: Any,
@@ -151,6 +154,7 @@ class Surgery(NamedTuple):
     inverse_hessian: Array  # [n, n] of those that stay; zeros in the other rows and columns
 
 
+@on_any_mesh
 def obs(w: Array, inverse_hessian: Array, remove: Any) -> Surgery:
     """Removes weights and moves the others to where 1/2 dw^T H dw is smallest.
 

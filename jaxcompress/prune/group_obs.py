@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes_terms import places, size
@@ -18,6 +19,7 @@ from jaxcompress.prune.coupled import along, group_names, of_network
 from jaxcompress.prune.score_trees import check_weights
 
 
+@on_any_mesh
 def group_obs(
     axes: Axes,
     apply_fn: Callable[..., Any],
@@ -82,6 +84,7 @@ class Removal(NamedTuple):
     leaves: dict[str, Array]
 
 
+@on_any_mesh
 def group_removals(
     axes: Axes,
     apply_fn: Callable[..., Any],

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.compressor import at_path, holds, is_float_array
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes_terms import Atom, Sum, Term, atoms, resolve
 from jaxcompress.prune.coupled import along, group_names, of_network
@@ -58,6 +59,7 @@ def gated(axes: Axes, params: Any, gates: Mapping[str, Array], *, skip: str = ST
     return jax.tree.structure(params).unflatten(new)
 
 
+@on_any_mesh
 def group_norms(
     axes: Axes, params: Any, *, of: Iterable[str] | None = None, skip: str = STATISTICS
 ) -> dict[str, Array]:
@@ -92,6 +94,7 @@ def group_norms(
     return jax.tree.map(jnp.sqrt, jax.jit(jax.grad(half_square))(_ones(axes, of)))
 
 
+@on_any_mesh
 def group_taylor(
     axes: Axes,
     loss_fn: Loss,
@@ -127,6 +130,7 @@ def group_taylor(
     return jax.tree.map(jnp.square, _mean(_ones(axes, of), of_batch, params, batches))
 
 
+@on_any_mesh
 def group_fisher(
     axes: Axes,
     loss_fn: Loss,

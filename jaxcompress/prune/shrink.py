@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes import axes as find_axes
@@ -81,6 +82,7 @@ class Shrunk(NamedTuple):
     report: ShrinkReport
 
 
+@on_any_mesh
 def shrink(
     apply_fn: Callable[..., Any],
     params: Any,
@@ -168,7 +170,7 @@ def shrink(
         unknown=axes.unknown,
     )
     fn = replay(axes, chosen, renormalise=renormalise)
-    return Shrunk(fn, jax.tree.structure(params).unflatten(small), report)
+    return Shrunk(on_any_mesh(fn), jax.tree.structure(params).unflatten(small), report)
 
 
 def readmit(stays: np.ndarray, round_to: int = 1, min_keep: int = 1) -> np.ndarray:

@@ -17,6 +17,7 @@ from jaxcompress.core.compressor import (
     identity,
     is_float_array,
 )
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths, match_rules
 from jaxcompress.core.select import keep_count
 from jaxcompress.core.sweep import Choice, Exact, solve, with_damping
@@ -48,6 +49,7 @@ class Stored(Protocol):
     def weights(self) -> Compressor: ...
 
 
+@on_any_mesh
 def sparse_gpt(
     apply_fn: Callable[..., Any],
     params: Any,

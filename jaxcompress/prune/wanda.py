@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph.capture import Moments
 from jaxcompress.graph.layerwise import Progress, matrices
 from jaxcompress.graph.matrices import Layer
@@ -27,6 +28,7 @@ from jaxcompress.prune.calibrated import (
 )
 
 
+@on_any_mesh
 def wanda(
     apply_fn: Callable[..., Any],
     params: Any,

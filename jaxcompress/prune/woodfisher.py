@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jaxcompress.core.compressor import at_path, holds, is_float_array, state_leaves
 from jaxcompress.core.hessian import inverse_factor
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.capture import each_batch
 from jaxcompress.prune.fisher import Batch, examples_in, gradient_of_one, obs
@@ -48,6 +49,7 @@ class WoodFisher:
     axis: int
 
 
+@on_any_mesh
 def woodfisher(
     loss_fn: Loss,
     params: Any,
@@ -111,6 +113,7 @@ def woodfisher(
     return WoodFisher(scores_like(params, _scores(weights, inverse, axis=axis)), blocks, axis)
 
 
+@on_any_mesh
 def compensate(params: Any, found: WoodFisher, masks: Any) -> Any:
     """The params with what `masks` remove at zero and the others of each block corrected for it.
 

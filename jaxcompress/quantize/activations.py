@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.packed import Grid
 from jaxcompress.core.paths import near_misses
 from jaxcompress.formats import Format, Granularity, check_format
@@ -156,7 +157,7 @@ def activations(
     return ActivationQuantizer(
         init=init,
         observe=jax.jit(lambda stats, params, *inputs: observing(stats, params, *inputs)[1]),
-        grids=grids,
+        grids=on_any_mesh(grids),
         apply=with_activations(apply_fn),
         train=training,
         apply_fn=apply_fn,

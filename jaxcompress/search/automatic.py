@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress.core.combine import chain
 from jaxcompress.core.compressor import Compressor
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.cost.device import Device
 from jaxcompress.formats import parse
 from jaxcompress.graph import trace
@@ -30,6 +31,7 @@ _SYNTHETIC = 2  # batches
 _EXAMPLES = 64  # in each
 
 
+@on_any_mesh
 def compress(
     apply_fn: Callable[..., Any],
     params: Any,

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxcompress.core.meshes import automatic
 from jaxcompress.core.packed import Grid, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths, match_rules
 from jaxcompress.core.storage import file_bytes
@@ -110,8 +111,12 @@ class Search:
         cache: str | os.PathLike[str] | None = None,
         progress: Progress = iter,
     ):
+        targets = None if targets is None else list(targets)
+        params, batches, example, targets = automatic(
+            (params, check_batches(batches), example, targets)
+        )
         self.apply_fn, self.params, self.metric = apply_fn, params, metric
-        self.batches = check_batches(batches)
+        self.batches = batches
         self.options = as_options(options)
         self.activations = activations
         self.form: Format | None = None if activations is None else parse(activations)

@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.formats import Format
 from jaxcompress.quantize.calibrate import Calibrator
 from jaxcompress.search.evaluator import Evaluator
 from jaxcompress.search.measured import Metric, Sensitivity
 
 
+@on_any_mesh
 def sensitivity(
     apply_fn: Callable[..., Any],
     params: Any,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths, near_misses
 from jaxcompress.graph import axes
 from jaxcompress.graph.capture import check_batches
@@ -16,6 +17,7 @@ from jaxcompress.prune.sparse_gpt import sparse_gpt
 from jaxcompress.search.width_choice import WidthChoice
 
 
+@on_any_mesh
 def narrow(
     apply_fn: Callable[..., Any],
     params: Any,

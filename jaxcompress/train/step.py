@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.core.compressor import Compressor, CompressState, identity, is_absent
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.numbers import Number, number_at
 from jaxcompress.distill.logits import kd
 from jaxcompress.prune.state import masks as find_masks
@@ -121,7 +122,7 @@ def make_step(
     if recipe_sees not in ("params", "gradients"):
         raise ValueError(f'recipe_sees must be "params" or "gradients", got {recipe_sees!r}')
     recipe = recipe or identity()
-    loss = loss or hinton_loss()
+    loss = on_any_mesh(loss or hinton_loss())
     accepts_masks = _accepts(tx.update, "masks")
     stateful = "distill" in inspect.signature(loss).parameters
 

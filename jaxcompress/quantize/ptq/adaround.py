@@ -13,6 +13,7 @@ import optax
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.formats.integer import Integer
 from jaxcompress.graph.capture import Moments
 from jaxcompress.graph.matrices import Layer
@@ -25,6 +26,7 @@ _ZETA, _GAMMA = 1.1, -0.1  # the rectified sigmoid is stretched to (gamma, zeta)
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
+@on_any_mesh
 def adaround(
     apply_fn: Callable[..., Any],
     params: Any,

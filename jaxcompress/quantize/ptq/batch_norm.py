@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.graph.edit import strong, without_operations
 from jaxcompress.graph.flat import Flat
@@ -19,6 +20,7 @@ class Folded(NamedTuple):
     params: Any
 
 
+@on_any_mesh
 def fold_batch_norm(
     apply_fn: Callable[..., Any], params: Any, data: Iterable[tuple[Any, ...]]
 ) -> Folded:
@@ -85,7 +87,8 @@ def _once(network: Folded, inputs: tuple[Any, ...]) -> tuple[Folded | None, dict
     for at in ones | needless:
         op = flat.ops[at]
         skips[op.place] = op.primitive, data_port(flat, op) or 0
-    return Folded(*without_operations(fn, new, inputs, skips)), {}
+    fn, new = without_operations(fn, new, inputs, skips)
+    return Folded(on_any_mesh(fn), new), {}
 
 
 def _leaves(flat: Flat, at: int) -> str:

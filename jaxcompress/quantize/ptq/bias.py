@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph.biases import Bias, biases_and_readers
 from jaxcompress.graph.capture import Moments, capture
 from jaxcompress.graph.matrices import Layer, layers_of
@@ -21,6 +22,7 @@ from jaxcompress.quantize.ptq.driver import Inputs, matrices
 from jaxcompress.quantize.ptq.spec import Plan, Rules, leaf, plan, replaced
 
 
+@on_any_mesh
 def correct_bias(
     apply_fn: Callable[..., Any],
     params: Any,

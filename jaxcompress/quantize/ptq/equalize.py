@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph.absorb import (
     Absorption,
     Elements,
@@ -29,6 +30,7 @@ from jaxcompress.graph.shift import shiftable
 from jaxcompress.quantize.ptq.spec import Rules, leaf, plan, replaced
 
 
+@on_any_mesh
 def equalize(
     apply_fn: Callable[..., Any],
     params: Any,
@@ -130,6 +132,7 @@ def equal_scales(
     return totals
 
 
+@on_any_mesh
 def absorb_high_bias(
     apply_fn: Callable[..., Any],
     params: Any,

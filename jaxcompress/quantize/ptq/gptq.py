@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph.capture import Moments
 from jaxcompress.graph.layerwise import grid_of
 from jaxcompress.graph.matrices import Layer
@@ -23,6 +24,7 @@ from jaxcompress.quantize.ptq.sweep import Finder, Rounded, solve, with_damping
 _BLOCK = 32
 
 
+@on_any_mesh
 def gptq(
     apply_fn: Callable[..., Any],
     params: Any,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.formats import Granularity
 from jaxcompress.formats.exact import unit_for
@@ -19,6 +20,7 @@ from jaxcompress.formats.integer import Integer
 from jaxcompress.quantize.ptq.spec import Rules, plan
 
 
+@on_any_mesh
 def hqq(
     apply_fn: Callable[..., Any],
     params: Any,

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.quantize.clipping import mse
 from jaxcompress.quantize.ptq.spec import Rules, plan
 
 
+@on_any_mesh
 def round_to_nearest(
     apply_fn: Callable[..., Any], params: Any, data: Iterable[tuple[Any, ...]], spec: Rules
 ) -> tuple[Any, CompressState]:
@@ -26,6 +28,7 @@ def round_to_nearest(
     return params, plan(apply_fn, params, data, spec).recipe.init(params)
 
 
+@on_any_mesh
 def mse_clip(
     apply_fn: Callable[..., Any], params: Any, data: Iterable[tuple[Any, ...]], spec: Rules
 ) -> tuple[Any, CompressState]:

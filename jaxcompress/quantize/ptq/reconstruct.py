@@ -14,6 +14,7 @@ import optax
 from jax import Array
 
 from jaxcompress.core.compressor import Compressor, CompressState, is_float_array
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.formats.scales import QParams
 from jaxcompress.quantize.ptq.driver import Progress
 from jaxcompress.quantize.ptq.spec import Rules, plan
@@ -28,6 +29,7 @@ def squared_error(outputs: Any, targets: Any) -> Array:
     return sum(e for e, _ in errors) / jnp.maximum(sum(p for _, p in errors), 1e-30)
 
 
+@on_any_mesh
 def reconstruct(
     apply_fn: Callable[..., Any],
     params: Any,

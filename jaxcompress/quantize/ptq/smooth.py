@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.packed import fake_quantize
 from jaxcompress.graph.absorb import Absorption, absorbable, ranges, rescale, slots, spread
 from jaxcompress.graph.capture import Moments, capture
@@ -18,6 +19,7 @@ from jaxcompress.quantize.ptq.spec import Plan, Rules, Spec, leaf, plan
 from jaxcompress.quantize.weights import qparams_of
 
 
+@on_any_mesh
 def smooth_quant(
     apply_fn: Callable[..., Any],
     params: Any,
@@ -63,6 +65,7 @@ def smooth_quant(
     return params, planned.recipe.init(params)
 
 
+@on_any_mesh
 def awq(
     apply_fn: Callable[..., Any],
     params: Any,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState, holds
+from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.packed import Grid
 from jaxcompress.core.paths import match_rules
 from jaxcompress.formats.exact import unit_for
@@ -164,7 +165,7 @@ def learned_activations(
         return walked(states, params, *inputs)[0], state
 
     return ActivationQuantizer(
-        init, observe, grids, with_activations(apply_fn), train, apply_fn=apply_fn
+        init, observe, on_any_mesh(grids), with_activations(apply_fn), train, apply_fn=apply_fn
     )
 
 

@@ -1,0 +1,104 @@
+"""Meshes of explicit axes: what is fitted to data equals what one device gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcompress as jc
+from jaxcompress.core.meshes import on_any_mesh
+
+RULES = {".*": jc.quantize.Spec(jc.formats.integer(4))}
+
+
+def network(params, x):
+    return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+
+def small(seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return {"a": normal(16, 32), "b": normal(32, 8)}, normal(64, 16)
+
+
+def sharded(params, x):
+    """Weights in parts along an axis that no product sums over, and rows of data."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    put = lambda w, *spec: jax.device_put(w, NamedSharding(mesh, PartitionSpec(*spec)))
+    return {"a": put(params["a"], "d"), "b": put(params["b"], None, "d")}, put(x)
+
+
+def _fitted(method):
+    return lambda params, x: method(network, params, [(x,)], RULES)[0]
+
+
+def _activations(calibrate):
+    def run(params, x):
+        quantizer = jc.quantize.activations(network, jc.formats.integer(8), calibrate=calibrate)
+        grids = jc.quantize.calibrate_activations(quantizer, params, [(x,)])
+        return quantizer.apply(grids, params, x)
+
+    return run
+
+
+def _shrunk(params, x):
+    comp = jc.prune.magnitude(0.5, structure=jc.prune.channel(-1))
+    masks = jc.prune.masks(comp.init(params), params)
+    small_fn, small_params, _ = jc.prune.shrink(network, params, masks, (x,))
+    return small_fn(small_params, x)
+
+
+def _trained(params, x):
+    recipe = jc.chain(jc.prune.magnitude(0.5), jc.quantize.weights(jc.formats.integer(8), axis=-1))
+    tx = jc.prune.masked_optimizer(optax.sgd(1e-2))
+    step = jc.train.make_step(jc.train.stateless(network), tx, recipe=recipe)
+    state = jc.train.create(params, recipe, tx)
+    for _ in range(2):
+        state, _ = step(state, (), (x, jnp.arange(64) % 8))
+    return state.params
+
+
+def _exported(tmp_path):
+    def run(params, x):
+        comp = jc.quantize.weights(jc.formats.integer(8), axis=-1)
+        packed = comp.pack(params, comp.init(params))
+        jc.export.onnx(network, packed, x, path=tmp_path / "network.onnx")
+        return np.frombuffer((tmp_path / "network.onnx").read_bytes(), np.uint8)
+
+    return run
+
+
+METHODS = {
+    "gptq": _fitted(jc.quantize.gptq),
+    "awq": _fitted(jc.quantize.awq),
+    "wanda": lambda params, x: jc.prune.wanda(network, params, [(x,)], 0.5)[0],
+    "percentile": _activations(jc.quantize.percentile(99.0)),
+    "kl": _activations(jc.quantize.kl()),
+    "shrink": _shrunk,
+    "train": _trained,
+    "onnx": _exported,
+}
+BROAD = {"awq", "kl", "percentile", "wanda"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.broad] if n in BROAD else []) for n in METHODS]
+)
+def test_equal_to_one_device(name, tmp_path):
+    run = METHODS[name](tmp_path) if name == "onnx" else METHODS[name]
+    params, x = small()
+    one, many = (jax.device_get(run(*given)) for given in ((params, x), sharded(params, x)))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
+
+
+def test_results_keep_the_types_of_what_they_belong_to():
+    params, x = sharded(*small())
+    types = lambda tree: [str(jax.typeof(w)) for w in jax.tree.leaves(tree)]
+    same = on_any_mesh(lambda tree: {"mask": jax.tree.map(lambda w: w > 0, tree)})
+    for run in (same, jax.jit(same)):
+        assert types(run(params)) == ["bool[16@d,32]", "bool[32,8@d]"]
+    with pytest.raises(Exception, match="(?i)shard"):  # what JAX says without it
+        jnp.reshape(params["b"], (-1,))
