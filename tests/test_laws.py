@@ -140,6 +140,7 @@ REGISTRY = {
     "bitnet_b158": Case(quantize.bitnet_b158, _everywhere(formats.ternary_absmean())),
     "xnor": Case(quantize.xnor, _everywhere(formats.binary(), -1)),
     "magnitude_layer": Case(lambda: jc.prune.magnitude(0.6)),
+    "magnitude_few_left": Case(lambda: jc.prune.magnitude(0.98)),  # stored as csr:1 and csr:0
     "magnitude_global": Case(lambda: jc.prune.magnitude(0.6, scope="global")),
     "magnitude_cubic": Case(lambda: jc.prune.magnitude(jc.prune.cubic(0.2, 0.9, start=1, end=3))),
     "magnitude_all": Case(lambda: jc.prune.magnitude(1.0)),
@@ -225,8 +226,8 @@ REGISTRY = {
 
 # On every interpreter; the others on one.
 EVERYWHERE = frozenset(
-    """identity int4_channel uint4_group mxfp4 magnitude_global magnitude_cubic 2:4 random rigl l0
-    by_path partition prune_then_quantize prune_then_lsq""".split()
+    """identity int4_channel uint4_group mxfp4 magnitude_few_left magnitude_global magnitude_cubic
+    2:4 random rigl l0 by_path partition prune_then_quantize prune_then_lsq""".split()
 )
 CASES = [
     pytest.param(name, marks=() if name in EVERYWHERE else pytest.mark.broad) for name in REGISTRY
@@ -284,10 +285,11 @@ def _positions_bytes(leaf):
     kind, *numbers = leaf.positions.name.split(":")
     if kind == "bitmask":
         return row_bytes(leaf.size, 1)
-    if kind == "rows":
+    if kind == "csr":  # columns of rows of all axes from `split` on, and a count for every row
         rows = math.prod(leaf.shape[: int(numbers[0])])
         index, pointer = _whole_bytes(leaf.size // rows - 1), _whole_bytes(leaf.nnz)
         return index * leaf.nnz + pointer * (rows + 1)
+    assert kind == "groups"  # N:M along axes: the place of each of the N among M
     return row_bytes(leaf.nnz, math.ceil(math.log2(int(numbers[1]))))
 
 

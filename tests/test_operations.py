@@ -266,6 +266,17 @@ def test_arena_by_hand():
     ).peak_bytes == 64  # fmt: skip
 
 
+def test_a_buffer_is_taken_over_only_by_its_last_reader():
+    def fn(p, x):  # a [16] is read by tanh, and once more behind it
+        a = x @ p
+        return jnp.tanh(a) * a
+
+    got = cost.estimate(fn, S((8, 16), f32), S((8,), f32), device="h100", fusion="none")
+    live = {layer.name: layer.live_bytes for layer in got.layers}
+    assert live["tanh"] == 4 * (16 + 16)
+    assert live["mul"] == 4 * (16 + 16)  # tanh(a) and a, the product in the place of one
+
+
 def test_a_loop_keeps_its_carry_and_stacks_its_results():
     def fn(p, x):
         return lax.scan(lambda x, w: ((x @ w), x), x, p["w"])

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
 
@@ -92,6 +93,38 @@ def test_all_composed_the_second_call_does_not_compile_and_zeros_are_exact():
     view = recipe.apply(state.params, state.compress)
     assert len(np.unique(np.asarray(view["Conv_0"]["kernel"])[..., 0])) <= 15
     assert int(state.step) == 10 and jc.prune.sparsity_of(view) >= 0.6
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_it_compiles_once_and_the_state_stays_where_it_lies(axis_type):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    # One spec that ends in None, one that does not; the steps of LSQ and counters lie on no mesh.
+    params = {
+        "up": put(normal(16, 32), None, "model"),
+        "down": put(normal(32, 8), "model", None),
+        "bias": put(normal(8)),
+    }
+    batch = put(normal(64, 16), "data"), put(np.arange(64, dtype=np.int32) % 8, "data")
+    out = NamedSharding(mesh, PartitionSpec("data", None)) if mesh.explicit_axes else None
+
+    def network(p, x):
+        h = jax.nn.relu(x @ p["up"])
+        return jnp.einsum("bi,io->bo", h, p["down"], out_sharding=out) + p["bias"][None]
+
+    rules = {"up|down": jc.quantize.lsq(4, axis=-1)}
+    recipe = jc.chain(jc.prune.magnitude(0.5), jc.by_path(rules, default=jc.identity()))
+    tx = jc.prune.masked_optimizer(optax.sgd(1e-2, momentum=0.9))
+    step = jc.train.make_step(jc.train.stateless(network), tx, recipe=recipe, ema_decay=0.9)
+    state = jc.train.create(params, recipe, tx, with_ema=True)
+    for _ in range(3):
+        state, _ = step(state, (), batch)
+    assert step._cache_size() == 1
+    for name, w in params.items():
+        assert state.params[name].sharding.is_equivalent_to(w.sharding, w.ndim)
+        assert state.ema[name].sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
 def test_the_step_runs_without_implicit_transfers():

@@ -162,3 +162,29 @@ def automatic(tree: Any) -> Any:
     """
     axes = _axes(tree)
     return tree if axes is None else jax.tree.map(axes.loose, tree)
+
+
+def shardings_at_rest(tree: Any) -> tuple[NamedSharding, ...] | None:
+    """How each array of a tree on a mesh is sharded, each sharding written in one way.
+
+    Two that mean the same compile a program twice if one ends in `None`. Arrays on no mesh yet
+    are whole on every device of that of the others. None if no array is on a mesh, or one is
+    traced or on another mesh.
+    """
+    leaves = jax.tree.leaves(tree)
+    found = [getattr(x, "sharding", None) for x in leaves if not isinstance(x, Tracer)]
+    meshes = {s.mesh for s in found if isinstance(s, NamedSharding)}
+    if len(meshes) != 1 or len(found) < len(leaves):
+        return None
+    (mesh,) = meshes
+
+    def written(x: Any, sharding: Any) -> NamedSharding:
+        spec = [*sharding.spec] if isinstance(sharding, NamedSharding) else []
+        if mesh.explicit_axes:
+            spec += [None] * (x.ndim - len(spec))
+        else:
+            while spec and spec[-1] is None:
+                spec.pop()
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return tuple(map(written, leaves, found))

@@ -112,11 +112,11 @@ class Search:
         progress: Progress = iter,
     ):
         targets = None if targets is None else list(targets)
-        params, batches, example, targets = automatic(
+        params, checked, example, targets = automatic(
             (params, check_batches(batches), example, targets)
         )
         self.apply_fn, self.params, self.metric = apply_fn, params, metric
-        self.batches = batches
+        self.batches = checked
         self.options = as_options(options)
         self.activations = activations
         self.form: Format | None = None if activations is None else parse(activations)

@@ -1,5 +1,6 @@
 """One jitted, donated train step in which teacher, masks, quantizers and schedules compose."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import reshard
 
 from jaxcompress.core.compressor import Compressor, CompressState, identity, is_absent
-from jaxcompress.core.meshes import on_any_mesh
+from jaxcompress.core.meshes import on_any_mesh, shardings_at_rest
 from jaxcompress.core.numbers import Number, number_at
 from jaxcompress.distill.logits import kd
 from jaxcompress.prune.state import masks as find_masks
@@ -95,7 +97,8 @@ def make_step(
     In order: the recipe's `update` (schedules, masks, scales), the view, the forward pass with
     quantized activations, the loss against the teacher, the optimizer, the moving average. The
     state is donated, the teacher is not; metrics stay on the device. Everything that changes
-    from step to step is traced, so that training compiles once.
+    from step to step is traced, and the new state lies as the old one did, so that training
+    compiles once; what of a state on a mesh is on no mesh yet is copied to all its devices first.
 
     Args:
       forward: (params, model_state, inputs) -> (outputs, model_state); see `stateless`.
@@ -172,4 +175,38 @@ def make_step(
             state = state.replace(ema=ema)
         return state, {"loss": value, **metrics}
 
-    return jax.jit(step, donate_argnums=0)
+    return _at_rest(step)
+
+
+def _at_rest(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step jitted, its state sharded after as before, whatever the compiler would choose."""
+
+    def staying(state: TrainState, teacher_params: Any, batch: Any, *, layout: Any):
+        state, metrics = step(state, teacher_params, batch)
+        if layout is not None:
+            leaves, treedef = jax.tree.flatten(state)
+            stay = reshard if layout[0].mesh.explicit_axes else jax.lax.with_sharding_constraint
+            state = treedef.unflatten(map(stay, leaves, layout))
+        return state, metrics
+
+    jitted: Any = jax.jit(staying, static_argnames="layout", donate_argnums=0)
+
+    def settled(state: Any) -> tuple[Any, Any]:
+        layout = shardings_at_rest(state)
+        if layout is None:
+            return state, None
+        leaves, treedef = jax.tree.flatten(state)
+        placed = map(jax.device_put, leaves, layout)
+        return treedef.unflatten(placed), layout
+
+    @functools.wraps(step)
+    def run(state: TrainState, teacher_params: Any, batch: tuple[Any, Any]):
+        state, layout = settled(state)
+        return jitted(state, teacher_params, batch, layout=layout)
+
+    def lower(state: TrainState, teacher_params: Any, batch: tuple[Any, Any]) -> Any:
+        state, layout = settled(state)
+        return jitted.lower(state, teacher_params, batch, layout=layout)
+
+    vars(run).update(lower=lower, _cache_size=jitted._cache_size)
+    return run
