@@ -119,13 +119,13 @@ def on_any_mesh(
 def _specs(results: Any, arguments: tuple[Any, Any]) -> list[PartitionSpec]:
     positional, named = arguments
     known = [
-        (f"/{path}/", x.shape, _spec(x))
+        (f"/{path}/", x.shape, spec)
         for tree in (*positional, *named.values())
         for path, x in leaves_with_paths(tree)
-        if _spec(x) is not None
+        if (spec := _spec(x)) is not None
     ]
 
-    def spec(path, x):
+    def spec_of(path, x):
         within = [
             (len(p), s)
             for p, shape, s in known
@@ -136,7 +136,7 @@ def _specs(results: Any, arguments: tuple[Any, Any]) -> list[PartitionSpec]:
         found = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
         return found.spec if isinstance(found, NamedSharding) else PartitionSpec()
 
-    return [spec(path, x) for path, x in leaves_with_paths(results)]
+    return [spec_of(path, x) for path, x in leaves_with_paths(results)]
 
 
 def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
