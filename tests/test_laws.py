@@ -395,3 +395,52 @@ def test_law_of_explicit_meshes(made):
     assert bits_equal(jax.device_get(view), jax.device_get(made.apply(params, state)))
     assert bits_equal(jax.device_get(packed), jax.device_get(comp.pack(params, state)))
     assert bits_equal(jax.device_get(jax.jit(jc.unpack)(packed)), jax.device_get(view))
+
+
+ptq, INT4 = quantize.ptq, {"w": quantize.Spec(integer(4))}
+DATA_DRIVEN = {
+    "gptq": ptq.gptq,
+    "gptq_act_order": lambda *a: ptq.gptq(*a, act_order=True),
+    "gptq_current": lambda *a: ptq.gptq(*a, groups="current"),
+    "gptq_sweeps": lambda *a: ptq.gptq(*a, sweeps=2),
+    "gptq_quantized_inputs": lambda *a: ptq.gptq(*a, inputs="quantized"),
+    "adaround": lambda *a: ptq.adaround(*a, steps=100),
+    "awq": ptq.awq,
+    "correct_bias": ptq.correct_bias,
+    "reconstruct": lambda *a: ptq.reconstruct(*a, epochs=5, learning_rate=3e-3),
+    "sparse_gpt": lambda fn, p, data, _: P.sparse_gpt(fn, p, data, {"w": 0.5}),
+    "sparse_gpt_2:4": lambda fn, p, data, _: P.sparse_gpt(fn, p, data, {"w": (2, 4)}),
+    "sparse_gpt_int4": lambda fn, p, data, spec: P.sparse_gpt(
+        fn, p, data, {"w": 0.5}, quantize=spec
+    ),
+}
+
+
+def _two_sites(p, a, b):
+    return tuple((x * p["s"][None]) @ p["w"] + p["b"][None] for x in (a, b))
+
+
+@pytest.mark.parametrize("name", DATA_DRIVEN)
+def test_law_of_uses(name):
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    params = {"w": draw(16, 6), "s": jnp.exp(draw(16)), "b": draw(6)}
+    a, b = draw(40, 16) @ draw(16, 16) + draw(1, 16), 5 * draw(24, 16) @ draw(16, 16)
+    new, state = DATA_DRIVEN[name](_two_sites, params, [(a, b)], INT4)
+    comp, plain = ptq.recipe(INT4), params
+    view = new
+    if name.startswith("sparse_gpt"):
+        plain = params | {"w": jnp.where(new["w"] != 0, params["w"], 0)}
+    else:
+        view = comp.apply(new, state)
+    if not name.startswith("sparse_gpt") or name.endswith("int4"):
+        kept = plain["w"] != 0
+        plain = comp.apply(plain, comp.init(params))
+        plain |= {"w": jnp.where(kept, plain["w"], 0)}
+
+    def outputs(p):
+        w, s, bias = (np.asarray(p[key], np.float64) for key in ("w", "s", "b"))
+        return np.concatenate([np.asarray(x, np.float64) * s for x in (a, b)]) @ w + bias
+
+    error = lambda p: np.sum((outputs(p) - outputs(params)) ** 2)
+    assert error(view) <= error(plain) * (1 + 1e-5)
