@@ -158,7 +158,7 @@ REGISTRY = {
         lambda: P.magnitude(1.0, scope=P.cost_weighted({"dense.*": 2.0, ".*": 1.0}, 400.0))
     ),
     "magnitude_one_shot": Case(lambda: P.magnitude(P.one_shot(0.7, at=2))),
-    "2:4": Case(lambda: P.magnitude(1.0, structure=P.n_m(2, 4))),
+    "2:4": Case(lambda: P.magnitude(structure=P.n_m(2, 4))),
     "1:5_ragged": Case(lambda: P.magnitude(0.8, structure=P.n_m(1, 5, axis=-1))),
     "threshold": Case(lambda: P.threshold(1.2)),
     "filter_norm": Case(lambda: P.filter_norm(0.5)),

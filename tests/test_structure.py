@@ -24,7 +24,7 @@ def normal(*shape, seed=0):
 
 
 def all_nm(scores, pattern):
-    choose = jax.jit(lambda s: masks_of_scores(s, 1.0, structure=pattern, min_ndim=1))
+    choose = jax.jit(lambda s: masks_of_scores(s, structure=pattern, min_ndim=1))
     return np.asarray(choose(scores))
 
 
@@ -62,7 +62,7 @@ def test_n_m_ties_keep_the_lower_index_and_nan_and_signs_are_ordered():
 
 def test_n_m_is_idempotent_and_packs_as_such():
     w = normal(16, 8)
-    comp = magnitude(1.0, structure=n_m(2, 4))
+    comp = magnitude(structure=n_m(2, 4))
     state = comp.init(w)
     view = comp.apply(w, state)
     np.testing.assert_array_equal(comp.init(view).buffers.masks, state.buffers.masks)
@@ -155,7 +155,7 @@ def test_empty_leaves_and_small_dtypes(structure):
 def test_masks_are_the_same_on_eight_devices(structure):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     scores = jnp.abs(normal(32, 16))
-    choose = jax.jit(lambda s: masks_of_scores(s, 0.6, structure=structure))
+    choose = jax.jit(lambda s: masks_of_scores(s, 0.5, structure=structure))
     placed = jax.device_put(scores, NamedSharding(mesh, PartitionSpec("d", None)))
     np.testing.assert_array_equal(choose(placed), choose(scores))
 
@@ -186,3 +186,19 @@ def test_errors(call, message):
 def test_errors_name_the_leaf(structure, message):
     with pytest.raises(ValueError, match=message):
         magnitude(0.5, structure=structure).init({"a": {"w": jnp.ones((6, 9))}})
+
+
+def test_a_structure_that_fixes_its_share_takes_none_or_that_one():
+    w = normal(8, 3)
+    for comp in (magnitude(structure=n_m(2, 4)), magnitude(0.5, structure=n_m(2, 4))):
+        kept = np.asarray(comp.init(w).buffers.masks).reshape(2, 4, 3).sum(1)
+        assert (kept == 2).all()
+    kept = np.asarray(masks_of_scores(jnp.abs(w), 0.75, structure=n_m(1, 4)))
+    assert (kept.reshape(2, 4, 3).sum(1) == 1).all()
+    for wrong in (0.25, 1.0, 0.0):
+        with pytest.raises(
+            ValueError, match="contradicts NM.n=2, m=4, .* makes 0.5 of the"
+        ):
+            magnitude(wrong, structure=n_m(2, 4))
+    with pytest.raises(ValueError, match="sparsity must be given: this structure fixes no share"):
+        magnitude(structure=block((2, 2)))

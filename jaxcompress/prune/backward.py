@@ -102,7 +102,7 @@ def sr_ste(n: int, m: int, *, axis: int = -2, decay: float = 2e-4, min_ndim: int
         return _hide_refined(w, mask, decay) if hide(w, mask) is not w else w
 
     criterion = Criterion(absolute, view=view)
-    return by_score(criterion, 1.0, structure=n_m(n, m, axis=axis), min_ndim=min_ndim)
+    return by_score(criterion, structure=n_m(n, m, axis=axis), min_ndim=min_ndim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

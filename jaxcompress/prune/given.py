@@ -17,7 +17,15 @@ from jaxcompress.core.compressor import (
 from jaxcompress.core.paths import leaves_with_paths, refuse_twins
 from jaxcompress.prune.schedules import as_schedule
 from jaxcompress.prune.scope import Scope, as_scope
-from jaxcompress.prune.score import Criterion, by_score, chosen, placed, select_masks, share_at
+from jaxcompress.prune.score import (
+    Criterion,
+    by_score,
+    chosen,
+    placed,
+    select_masks,
+    share_at,
+    share_of,
+)
 from jaxcompress.prune.state import PruneState, apply_masks, check_owner, is_dense, pack_masks
 from jaxcompress.prune.structure import UNSTRUCTURED, Structure
 
@@ -67,7 +75,7 @@ def scored(
 
 def masks_of_scores(
     scores: Any,
-    sparsity: Any,
+    sparsity: Any = None,
     *,
     scope: str | Scope = "global",
     structure: Structure = UNSTRUCTURED,
@@ -98,9 +106,11 @@ def masks_of_scores(
             if not holds(lambda x: ~jnp.isnan(x), leaves[i]):
                 raise ValueError("scores must not be NaN")
             structure.check(leaves[i].shape)
-    share = share_at(as_schedule(sparsity), jnp.zeros((), jnp.int32))
+    chosen_scope = as_scope(scope)
+    schedule = as_schedule(share_of(sparsity, structure, chosen_scope))
+    share = share_at(schedule, jnp.zeros((), jnp.int32))
     found = [jnp.asarray(leaves[i]) for i in at]
-    new = select_masks(paths, found, share, scope=as_scope(scope), structure=structure)
+    new = select_masks(paths, found, share, scope=chosen_scope, structure=structure)
     return treedef.unflatten(placed([jnp.ones((), bool) for _ in leaves], at, new))
 
 

@@ -18,7 +18,7 @@ def absolute(w: Array, stats: Any = ()) -> Array:
 
 
 def magnitude(
-    sparsity: Any,
+    sparsity: Any = None,
     *,
     scope: str | Scope = "layer",
     structure: Structure = UNSTRUCTURED,
@@ -31,6 +31,7 @@ def magnitude(
 
     Args:
       sparsity: a number, `cubic(...)`, or any Optax schedule step -> sparsity; may be traced.
+        None where the structure fixes it: `n_m`.
       scope: "layer": the share holds in every leaf; "global": over all leaves together; or
         `erk(...)`, `cost_weighted(...)`.
       structure: what goes as one, by the mean of its |w|; shares are of its units then.

@@ -21,6 +21,11 @@ class NM:
     m: int
     axis: int
 
+    @property
+    def share(self) -> float:
+        """Of zeros, where all groups are N:M."""
+        return 1 - self.n / self.m
+
     def check(self, shape: tuple[int, ...]) -> None:
         check_axis("n_m", self.axis, shape)
 
@@ -81,8 +86,9 @@ class NM:
 def n_m(n: int, m: int, *, axis: int = -2) -> NM:
     """Of m consecutive weights along an axis the n with the highest scores stay.
 
-    A group of m is a unit, and the sparsity of a schedule is the share of groups that are already
-    N:M, the others being dense: 1.0 for N:M everywhere, `cubic(0.0, 1.0, ...)` for a ramp. Groups
+    The pattern fixes the share of zeros, 1 - n/m: `magnitude(structure=n_m(2, 4))` is 2:4, and a
+    number that says otherwise is an error. A schedule is the share of groups of m that are already
+    N:M, the others being dense: `cubic(0.0, 1.0, ...)` for a ramp. Groups
     that lose least (in the mean over what they lose) are converted first. Of a last group of only
     r weights ceil(n r / m) stay; ties keep the lower index.
 

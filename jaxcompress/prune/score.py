@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxcompress.core.compressor import (
@@ -18,6 +19,7 @@ from jaxcompress.core.compressor import (
     state_leaves,
 )
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.prune.cost_scope import CostWeighted
 from jaxcompress.prune.schedules import Constant, SparsitySchedule, as_schedule
 from jaxcompress.prune.scope import Scope, Units, as_scope
 from jaxcompress.prune.state import (
@@ -60,7 +62,7 @@ class Criterion(NamedTuple):
 
 def by_score(
     criterion: Criterion,
-    sparsity: Any,
+    sparsity: Any = None,
     *,
     scope: str | Scope = "layer",
     structure: Structure = UNSTRUCTURED,
@@ -75,7 +77,8 @@ def by_score(
     Args:
       criterion: scores the weights of a leaf.
       sparsity: a number, a schedule, or any Optax schedule step -> sparsity; may be traced. Shares
-        are of units; what that means for N:M and for `cost_weighted` is said there.
+        are of units; what that means for N:M and for `cost_weighted` is said there. None: what
+        the structure fixes.
       scope: "layer": the share holds in every leaf; "global": over all together; `erk(...)`,
         `cost_weighted(...)`.
       structure: `unstructured()`, `n_m(...)`, `block(...)`, `channel(...)`, `head(...)`.
@@ -92,7 +95,8 @@ def by_score(
     [[3.  0. ]
      [0.5 0. ]]
     """
-    schedule, chosen_scope = as_schedule(sparsity), as_scope(scope)
+    chosen_scope = as_scope(scope)
+    schedule = as_schedule(share_of(sparsity, structure, chosen_scope))
 
     def select(weights, stats, step, paths):
         scores = [criterion.score(w, s) for w, s in zip(weights, stats, strict=True)]
@@ -182,6 +186,32 @@ def share_at(schedule: SparsitySchedule, step: Array) -> Any:
     if isinstance(schedule, Constant) and isinstance(schedule.sparsity, int | float):
         return schedule.sparsity
     return schedule(step)
+
+
+def share_of(sparsity: Any, structure: Structure, scope: Scope) -> Any:
+    """The share of units that go, from what was asked for.
+
+    A structure that fixes the share of zeros (`n_m`) takes None, or that number; all its units go
+    then. Schedules, and scopes that spend a budget, are taken as they are.
+
+    Raises:
+      ValueError: None for a structure that fixes no share; a number that contradicts the structure.
+    """
+    fixed = getattr(structure, "share", None)
+    if fixed is None or (isinstance(scope, CostWeighted) and sparsity is not None):
+        if sparsity is None:
+            raise ValueError("sparsity must be given: this structure fixes no share of zeros")
+        return sparsity
+    if sparsity is None:
+        return 1.0
+    if not isinstance(sparsity, int | float | np.number) or not 0 <= sparsity <= 1:
+        return sparsity
+    if abs(sparsity - fixed) > 1e-6:
+        raise ValueError(
+            f"sparsity {sparsity} contradicts {structure}, which makes {fixed:g} of the weights "
+            "zero: leave the number out, or ramp the share of its groups by a schedule to 1.0"
+        )
+    return 1.0
 
 
 def select_masks(
