@@ -196,9 +196,7 @@ def test_a_structure_that_fixes_its_share_takes_none_or_that_one():
     kept = np.asarray(masks_of_scores(jnp.abs(w), 0.75, structure=n_m(1, 4)))
     assert (kept.reshape(2, 4, 3).sum(1) == 1).all()
     for wrong in (0.25, 1.0, 0.0):
-        with pytest.raises(
-            ValueError, match="contradicts NM.n=2, m=4, .* makes 0.5 of the"
-        ):
+        with pytest.raises(ValueError, match="contradicts NM.n=2, m=4, .* makes 0.5 of the"):
             magnitude(wrong, structure=n_m(2, 4))
     with pytest.raises(ValueError, match="sparsity must be given: this structure fixes no share"):
         magnitude(structure=block((2, 2)))
