@@ -23,6 +23,7 @@ import jaxcompress as jc
 import jaxcompress.prune as P
 from jaxcompress import formats, quantize
 from jaxcompress.formats import fixed_point, granularity_for, integer, predicted_bytes, row_bytes
+from jaxcompress.quantize import ptq
 from jaxcompress.quantize.qat.dorefa import dorefa_format
 
 
@@ -397,7 +398,7 @@ def test_law_of_explicit_meshes(made):
     assert bits_equal(jax.device_get(jax.jit(jc.unpack)(packed)), jax.device_get(view))
 
 
-ptq, INT4 = quantize.ptq, {"w": quantize.Spec(integer(4))}
+INT4 = {"w": quantize.Spec(integer(4))}
 DATA_DRIVEN = {
     "gptq": ptq.gptq,
     "gptq_act_order": lambda *a: ptq.gptq(*a, act_order=True),
