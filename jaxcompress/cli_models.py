@@ -37,6 +37,10 @@ def add_commands(commands: Any) -> None:
         metavar="NPY",
         help="float inputs [N, ...] to calibrate on: the whole network in int8",
     )
+    export.add_argument(
+        "--runtime", choices=["litert", "micro"], help="of a .tflite file: phones, or "
+        "microcontrollers (TFLite-Micro, with --integers); default litert",
+    )  # fmt: skip
     export.set_defaults(run=_export)
     bench = commands.add_parser("bench", help="size and latency of files in their runtimes")
     bench.add_argument("files", nargs="+", help="*.onnx, *.tflite, *.stablehlo")
@@ -148,6 +152,10 @@ def _export(args: argparse.Namespace) -> None:
         raise ValueError(f"target must be *.onnx, *.tflite or *.stablehlo, got {args.target!r}")
     if args.dynamic and (args.integers or suffix == ".stablehlo"):
         raise ValueError("--dynamic is for *.onnx and *.tflite, without --integers")
+    if args.runtime and suffix != ".tflite":
+        raise ValueError(f"--runtime is for *.tflite, got {args.target!r}")
+    if args.dynamic and args.runtime == "micro":
+        raise ValueError("--dynamic is not for --runtime micro, which has no dynamic grids")
     if Path(args.target).is_dir() or Path(args.target).resolve() == Path(args.file).resolve():
         raise ValueError(f"target {args.target!r} is a folder, or the file that is read")
     _check_files(*filter(None, [args.integers]))
@@ -155,14 +163,18 @@ def _export(args: argparse.Namespace) -> None:
     if args.integers:
         program = _program(fn, packed, args.integers)
         write = {".onnx": export.onnx, ".tflite": export.litert, ".stablehlo": export.stablehlo}
-        report: Any = write[suffix](program, path=args.target)
+        how: Any = {"runtime": args.runtime} if args.runtime else {}
+        report: Any = write[suffix](program, path=args.target, **how)
     elif suffix == ".onnx":
-        how: Any = {"products": "dynamic"} if args.dynamic else {}
+        how = {"products": "dynamic"} if args.dynamic else {}
         marked = export.mark_activations(fn, packed.activations) if packed.activations else fn
         report = export.onnx(marked, packed.params, *inputs, path=args.target, shapes=None, **how)
     elif suffix == ".tflite":
         grids = "dynamic" if args.dynamic else packed.activations or None
-        report = export.litert(fn, packed.params, *inputs, path=args.target, activations=grids)
+        report = export.litert(
+            fn, packed.params, *inputs, path=args.target, activations=grids,
+            runtime=args.runtime or "litert",
+        )  # fmt: skip
     else:
         report = export.stablehlo(_with_grids(fn, packed), packed.params, *inputs, path=args.target)
     print(f"{report.path}: {report.file_bytes:,} bytes")

@@ -619,6 +619,11 @@ WRONG = {
     "target": ([*EXPORT, "{p}.pb"], "target must be"),
     "target is source": ([*EXPORT[:1], "{p}.onnx", *EXPORT[2:], "{p}.onnx"], "the file that is"),
     "dynamic": ([*EXPORT, "{p}.stablehlo", "--dynamic"], "--dynamic is for"),
+    "runtime": ([*EXPORT, "{p}.onnx", "--runtime", "micro"], "--runtime is for *.tflite"),
+    "dynamic micro": (
+        [*EXPORT, "{p}.tflite", "--runtime", "micro", "--dynamic"],
+        "--dynamic is not for",
+    ),
     "calibration": ([*EXPORT, "{p}.onnx", "--integers", "no.npy"], "no.npy: no such file"),
     "threads": (["bench", "{p}.onnx", "--threads", "0"], "--threads must be at least 1, got 0"),
     "kind": (["bench", "{p}.pt"], "bench reads"),

@@ -1,6 +1,7 @@
 """LiteRT files against the runtime, the simulation and NumPy; reports and errors."""
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,24 @@ import pytest
 from flax import linen as nn
 
 import jaxcompress as jc
+from jaxcompress.core.packed import quantize
 from jaxcompress.export.marked_program import marked_program
 from jaxcompress.export.marked_weights import marked_weights
-from jaxcompress.formats import integer
+from jaxcompress.formats import granularity_for, integer
+from jaxcompress.formats.scales import QParams
 from tests._models import equinox_mlp, nnx_cnn, transformer
 
 pytest.importorskip("litert_converter")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
 
 
-def run(report, *inputs):
+def run(report, *inputs, kernels="AUTO"):
     """The first output of a file for inputs in the order of the report."""
-    runtime = interpreter.Interpreter(model_path=str(report.path), num_threads=1)
+    runtime = interpreter.Interpreter(
+        model_path=str(report.path),
+        num_threads=1,
+        experimental_op_resolver_type=interpreter.OpResolverType[kernels],
+    )
     runtime.allocate_tensors()
     for port, x in zip(runtime.get_input_details(), inputs, strict=True):
         runtime.set_tensor(port["index"], np.asarray(x))
@@ -32,7 +39,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def pack(params, bits, *, axis=-1, names=".*", group=None, **rules):
+def pack(params, bits, *, axis: Any = -1, names=".*", group=None, **rules):
     how = jc.quantize.weights(integer(bits), axis=axis, group=group)
     recipe = jc.by_path({names: how, **rules}, default=jc.identity())
     return recipe.pack(params, recipe.init(params))
@@ -317,31 +324,34 @@ def test_gates_that_are_split_and_joined_keep_their_steps(activations, tmp_path)
     assert any("int8" in o.inputs for o in report.operators)
 
 
-def test_what_is_widened_is_said(tmp_path):
-    w = jnp.asarray(np.arange(-8, 8).reshape(4, 4), jnp.float32)
-    full = jc.quantize.weights(integer(4, narrow=False))
-    packed = {"w": full.pack(w, full.init(w))}
-    x, path = normal(3, 2, 4), tmp_path / "a.tflite"
+def test_the_lowest_code_of_four_bits_is_read_by_all_kernels(tmp_path):
+    # From 32 inputs on, a kernel that runs without XNNPACK reads the int4 code -8 as +8.
+    form = integer(4, narrow=False)
+    codes = np.random.default_rng(1).integers(-8, 8, (64, 6))
+    codes[0] = -8
+    w, step = jnp.asarray(0.25 * codes, jnp.float32), QParams(jnp.full((1, 6), 0.25))
+    packed = {"w": quantize(w, step, format=form, granularity=granularity_for(form, -1))}
+    np.testing.assert_array_equal(jc.unpack(packed)["w"], w)
+    x, path = normal(3, 5, 64), tmp_path / "a.tflite"
     report = jc.export.litert(lambda p, x: x @ p["w"], packed, x, path=path, activations="dynamic")
-    codes = np.rint(np.asarray(jc.unpack(packed)["w"]) / np.asarray(packed["w"].qparams.scale))
-    assert ("w" in report.widened) == bool((codes == -8).any())
+    assert set(report.widened) == {"w"} and "-8" in report.widened["w"]
+    assert types(report) == {("FULLY_CONNECTED", "float32", "int8")}
+    want = np.asarray(x, np.float64) @ (0.25 * codes)
+    rows = np.asarray(x, np.float64)
+    steps = (np.maximum(rows.max(1), 0) - np.minimum(rows.min(1), 0)) / 255
+    # Activations are off by a step at most (half of it, and the zero point's rounding).
+    bound = steps[:, None] * np.abs(0.25 * codes).sum(0)
+    for kernels in ("BUILTIN", "BUILTIN_WITHOUT_DEFAULT_DELEGATES", "BUILTIN_REF"):
+        assert (np.abs(run(report, x, kernels=kernels) - want) <= bound).all()
+    # In int4, as it would be without: that this kernel runs here at all.
+    narrow = pack({"w": w}, 4)
+    report = jc.export.litert(lambda p, x: x @ p["w"], narrow, x, path=path, activations="dynamic")
+    assert types(report) == {("FULLY_CONNECTED", "float32", "int4")} and not report.widened
+
+
+def test_what_is_widened_is_said(tmp_path):
+    path = tmp_path / "a.tflite"
     packed = pack({"w": normal(1, 6, 12)}, 8)
     pick = lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 1)))
     report = jc.export.litert(pick, packed, normal(3, 2, 6), path=path)
     assert "float32" in report.widened["w"]
-
-
-@pytest.mark.long
-def test_a_microcontroller_runtime_gives_the_same(program, tmp_path):
-    runtime = pytest.importorskip("tflite_micro.python.tflite_micro.runtime")
-    program, x = program
-    if any(np.abs(np.asarray(c["weight"])).max() <= 7 for c in program.constants if "weight" in c):
-        pytest.skip("it has no convolutions of int4")
-    report = jc.export.litert(program, path=tmp_path / "a.tflite", interface="int8")
-    micro = runtime.Interpreter.from_file(str(report.path))
-    codes = program.quantize_input(x)
-    for row, want in zip(np.asarray(codes), np.asarray(program.run(codes)), strict=True):
-        micro.set_input((row[None].astype(np.int16) - 128).astype(np.int8), 0)
-        micro.invoke()
-        # Both round accumulators twice; means and sums in their own way.
-        assert np.abs(micro.get_output(0)[0].astype(int) + 128 - want).max() <= 1

@@ -71,7 +71,7 @@ def test_shipping_runs_as_printed(tmp_path, monkeypatch, capsys):
         assert (row.largest_difference or 0.0) < 2.5 * step
     assert {f.name for f in tmp_path.iterdir()} == {
         "int8.onnx", "int4.onnx", "dynamic.onnx",
-        "int8.tflite", "dynamic.tflite", "model.stablehlo",
+        "int8.tflite", "micro.tflite", "dynamic.tflite", "model.stablehlo",
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from jaxcompress.core.packed import Grid, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export.litert_convert import convert, converter
 from jaxcompress.export.litert_file import Contents, Operator, Tensor, contents, integer_interface
+from jaxcompress.export.litert_runtimes import RUNTIMES, Runtime, check_micro, in_micro
 from jaxcompress.export.lowered import lowered, port_names
 from jaxcompress.export.marked_program import marked_program
 from jaxcompress.export.marked_weights import marked_weights
@@ -39,7 +40,7 @@ class LiteRT(NamedTuple):
     operators: tuple[Operator, ...]  # by name and types, in the order of their first appearance
     integer: bool  # nothing but QUANTIZE of inputs and DEQUANTIZE of outputs sees a float
     verified: Verified  # what a run of the file showed
-    widened: Mapping[str, str]  # weights that are stored in more bits than they have, and why
+    widened: Mapping[str, str]  # layers whose weights take more bits than they have, and why
 
 
 @on_one_device
@@ -49,6 +50,7 @@ def litert(
     path: str | os.PathLike,
     activations: Mapping[str, Grid] | Literal["dynamic"] | None = None,
     interface: Literal["float32", "int8"] = "float32",
+    runtime: Runtime = "litert",
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     verify: bool = True,
@@ -75,9 +77,14 @@ def litert(
       interface: what the file takes and gives; "int8" leaves the quantization of the input, and
         the way back from that of the output, to the caller (with the scales of the report), as
         microcontrollers want it.
+      runtime: what will run the file: "litert", or "micro", which is TFLite-Micro. Layers that it
+        computes wrong or not at all in the bits of their weights are stored in more (`widened`):
+        in `micro`, dense layers in int4 with several scales. It has no floats times integers:
+        `micro` takes integer programs, float32 functions, and what is on grids throughout.
       input_names, output_names: in the signature; default `x` or `x0`, `x1`, ..., and `y` likewise.
-      verify: runs the file in LiteRT and compares it with the model; what differs by more than
-        rounding is an error. Where the runtime is not installed, the report says so.
+      verify: runs the file in its runtime and compares it with the model; what differs by more than
+        rounding is an error. Where the runtime is not installed, the report says so, and where
+        TFLite-Micro is not, LiteRT runs the file instead.
       examples: inputs for that run, if not those given; see `verify.example_inputs`.
 
     Returns:
@@ -86,8 +93,9 @@ def litert(
     Raises:
       ImportError: litert-converter is not installed.
       ValueError: a file that differs from the model; a packed leaf that LiteRT cannot store, with
-        what it could; an operation that its converter or its runtime cannot do; names that do not
-        fit. Nothing is written then.
+        what it could; weights that TFLite-Micro would compute wrong (`runtime="micro"`); an
+        operation that its converter or its runtime cannot do; names that do not fit. Nothing is
+        written then.
       TypeError: a model, inputs or activations of another type.
 
     What it does not do: loops (a `lax.scan` is unrolled), batches of any size, sparse storage.
@@ -95,10 +103,12 @@ def litert(
     converter()  # what is missing is said before anything is computed
     if interface not in ("float32", "int8"):
         raise ValueError(f"litert(interface): 'float32' or 'int8', got {interface!r}")
+    if runtime not in RUNTIMES:
+        raise ValueError(f"litert(runtime): must be one of {RUNTIMES}, got {runtime!r}")
     if isinstance(model, IntegerProgram):
-        source = _of_program(model, arguments, activations)
+        source = _of_program(model, arguments, activations, runtime)
     else:
-        source = _of_function(model, arguments, activations)
+        source = _of_function(model, arguments, activations, runtime)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source.inputs)
     trial = example_inputs(source.inputs, examples, where="litert") if verify else ()
     exported = lowered("litert", _flat(source.fn), shapes, platforms=("cpu",))
@@ -109,8 +119,12 @@ def litert(
     content = convert(exported.mlir_module_serialized, *names)
     if interface == "int8":
         content = integer_interface(content)
+    if runtime == "micro":
+        check_micro(content)
     found = contents(content)
-    shown = _verified(content, source, trial, found) if verify else unverified("verify=False")
+    shown = unverified("verify=False")
+    if verify:
+        shown = _verified(content, source, trial, found, runtime)
     with replacing(path) as file:
         file.write(content)
     return LiteRT(Path(path), len(content), *found, shown, source.widened)
@@ -127,20 +141,32 @@ class _Source(NamedTuple):
 
 
 def _verified(
-    content: bytes, source: _Source, inputs: tuple[Any, ...], found: Contents
+    content: bytes, source: _Source, inputs: tuple[Any, ...], found: Contents, runtime: Runtime
 ) -> Verified:
     try:
-        runtime = of_bytes(content, ".tflite")
+        compute, reason = _computes(content, runtime)
     except ImportError as error:
         return unverified(str(error))
     taken = list(map(_on_grid, found.inputs, jax.tree.leaves(inputs)))
 
     def run(*leaves: Any) -> list[Any]:
         codes = map(_codes, found.inputs, leaves)
-        return list(map(_numbers, found.outputs, runtime.run(*codes)))
+        return list(map(_numbers, found.outputs, compute(*codes)))
 
     inputs = jax.tree.unflatten(jax.tree.structure(inputs), taken)
-    return verified(run, source.reference, source.params, inputs, where="litert")
+    shown = verified(run, source.reference, source.params, inputs, where="litert")
+    return shown._replace(reason=reason)
+
+
+def _computes(content: bytes, runtime: Runtime) -> tuple[Callable[..., Any], str]:
+    # The file in a runtime, and why it is another one.
+    reason = ""
+    if runtime == "micro":
+        try:
+            return in_micro(content), ""
+        except ImportError as error:
+            reason = f"in LiteRT, because {error}"
+    return of_bytes(content, ".tflite").run, reason
 
 
 def _codes(port: Tensor, x: Any) -> Any:
@@ -164,7 +190,9 @@ def _flat(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *inputs: tuple(jax.tree.leaves(fn(*inputs)))
 
 
-def _of_program(program: IntegerProgram, arguments: tuple[Any, ...], activations: Any) -> _Source:
+def _of_program(
+    program: IntegerProgram, arguments: tuple[Any, ...], activations: Any, runtime: Runtime
+) -> _Source:
     if activations is not None:
         raise TypeError("litert(activations): an IntegerProgram has grids of its own")
     if len(arguments) > 1:
@@ -173,13 +201,16 @@ def _of_program(program: IntegerProgram, arguments: tuple[Any, ...], activations
         program._check("litert(program, x)", arguments[0])
     batch = 1 if program.batched else program.shape[0]
     shape = arguments[0].shape if arguments else (batch, *program.shape[1:])
-    marked = marked_program(program)
+    widened: dict[str, str] = {}
+    marked = marked_program(program, runtime=runtime, widened=widened)
     reference = lambda _, x: marked(x)
     fn = marked_weights(reference, (), dynamic=False)
-    return _Source(fn, (drawn_input(program, shape),), reference, (), {})
+    return _Source(fn, (drawn_input(program, shape),), reference, (), widened)
 
 
-def _of_function(apply_fn: Any, arguments: tuple[Any, ...], activations: Any) -> _Source:
+def _of_function(
+    apply_fn: Any, arguments: tuple[Any, ...], activations: Any, runtime: Runtime
+) -> _Source:
     if not callable(apply_fn) or len(arguments) < 2:
         raise TypeError(
             "litert takes an IntegerProgram, or a function, its params and its inputs, got "
@@ -205,8 +236,13 @@ def _of_function(apply_fn: Any, arguments: tuple[Any, ...], activations: Any) ->
             f"got {activations!r:.100}"
         )
     dynamic = activations == "dynamic"
+    if dynamic and runtime == "micro":
+        raise ValueError(
+            "litert(activations='dynamic', runtime='micro'): TFLite-Micro has no dynamic grids: "
+            "give the IntegerProgram of jc.quantize.integer_only, or grids {tap name: Grid}"
+        )
     widened: dict[str, str] = {}
-    fn = marked_weights(apply_fn, packed, dynamic=dynamic, widened=widened)
+    fn = marked_weights(apply_fn, packed, dynamic=dynamic, runtime=runtime, widened=widened)
     if dynamic:  # the grids of activations are a part of what is computed
         return _Source(fn, tuple(inputs), lambda _, *x: fn(*x), (), widened)
     params = jax.tree.map(np.asarray, unpack(packed))

@@ -1,7 +1,7 @@
 """An integer program as a float function with its grids marked: what exporters of runtimes read."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcompress.core.packed import Grid
+from jaxcompress.export.litert_runtimes import Runtime, why_not_four_bits
 from jaxcompress.export.marks import mark, mark_grid
 from jaxcompress.formats.integer import Integer
 from jaxcompress.quantize.integer import IntegerProgram
@@ -16,17 +17,34 @@ from jaxcompress.quantize.integer_constants import ADD_HEADROOM, MOVES, Node
 from jaxcompress.quantize.integer_run import convolved, moved, over_windows
 
 
-def marked_program(program: IntegerProgram) -> Callable[[Array], Array]:
+def marked_program(
+    program: IntegerProgram,
+    *,
+    runtime: Runtime = "litert",
+    widened: dict[str, str] | None = None,
+) -> Callable[[Array], Array]:
     """x float32 [B, ...] -> the numbers of the result: the same network, grids and weights.
 
     Every tensor of the program is on its own grid, marked; weights are marked with their scales;
     biases are the float numbers of their int32 codes, S_x S_w q. A runtime that fuses marks has the
     program's integers, up to how it rounds an accumulator to the next grid.
+
+    Args:
+      program: weights whose codes have 4 bits are marked so.
+      runtime: weights that it computes in 8 bits only are marked with 8.
+      widened: gets these layers, and why, when the returned function is traced.
     """
-    return lambda x: _run(program, x)
+    return lambda x: _run(program, x, runtime, {} if widened is None else widened)
 
 
-def _run(program: IntegerProgram, x: Array) -> Array:
+class _Stored(NamedTuple):
+    # How a file has the weights of a step.
+    scale: np.ndarray  # float64, of size 1 off the output channels
+    bits: int
+    one: bool  # the scales are equal, and written as one
+
+
+def _run(program: IntegerProgram, x: Array, runtime: Runtime, widened: dict[str, str]) -> Array:
     tensors = [mark_grid(x, program.grids[0], where="the input")]
     rows = zip(program.nodes, program.constants, program.weight_scales, strict=True)
     for number, (node, constants, scale) in enumerate(rows, 1):
@@ -34,12 +52,17 @@ def _run(program: IntegerProgram, x: Array) -> Array:
         inputs = [tensors[k] for k in node.inputs]
         scales = [_place(program.grids[k])[0] for k in node.inputs]
         grid = program.grids[number]
+        stored = _Stored(np.asarray(scale, np.float64), 8, False)
+        if "weight" in c:
+            stored, why = _stored(node, c["weight"], stored.scale, runtime)
+            if why:
+                widened[f"step {number}, {node.kind} at {node.scope!r}"] = why
         with jax.named_scope(node.scope):
             if node.kind in MOVES:
                 size, zero = _place(grid)
                 y = moved(node, inputs, (float(c["fill"]) - zero) * size if "fill" in c else None)
             else:
-                y = _computed(node, c, np.asarray(scale, np.float64), inputs, scales, grid)
+                y = _computed(node, c, stored, inputs, scales, grid)
             y = _clamped(y, c, grid)
             tensors.append(mark_grid(y, grid, where=f"{node.kind} at {node.scope!r}"))
     return tensors[program.output]
@@ -55,7 +78,7 @@ def _place(grid: Grid) -> tuple[float, int]:
 def _computed(
     node: Node,
     c: dict[str, np.ndarray],
-    weight_scale: np.ndarray,
+    stored: _Stored,
     inputs: Sequence[Array],
     scales: Sequence[float],
     grid: Grid,
@@ -64,8 +87,8 @@ def _computed(
     shift = c["shift"].astype(np.float64) - 31
     step = c["multiplier"] * 2.0**shift * _place(grid)[0]
     if node.kind in ("conv", "dot"):
-        y = _contraction(node, c["weight"], weight_scale, inputs[0])
-        unit = scales[0] * _along_result(node, weight_scale, y.ndim)
+        y = _contraction(node, c["weight"], stored, inputs[0])
+        unit = scales[0] * _along_result(node, stored.scale, y.ndim)
     else:
         y, unit = _core(node, c, inputs, scales)
     factor = step / unit
@@ -95,17 +118,37 @@ def _clamped(y: Array, c: dict[str, np.ndarray], grid: Grid) -> Array:
     return y
 
 
-def _contraction(node: Node, codes: np.ndarray, scale: np.ndarray, x: Array) -> Array:
+def _stored(
+    node: Node, codes: np.ndarray, scale: np.ndarray, runtime: Runtime
+) -> tuple[_Stored, str]:
+    # How the codes are stored, and why in more bits than they need.
+    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+    if low < -8 or high > 7:
+        return _Stored(scale, 8, False), ""
+    why, scales = "", len(np.unique(scale))
+    if low == -8:
+        why = "int8: int4 weights of integer programs are stored without the code -8"
+    elif node.kind == "dot":
+        why = why_not_four_bits(runtime, scales=scales, lowest=low)
+    # TFLite-Micro knows one scale by the count; LiteRT's fast kernels have one per output.
+    one = runtime == "micro" and node.kind == "dot" and scales == 1
+    return _Stored(scale, 8 if why else 4, one), why
+
+
+def _contraction(node: Node, codes: np.ndarray, stored: _Stored, x: Array) -> Array:
+    scale = stored.scale
     sizes = [axis for axis, n in enumerate(scale.shape) if n > 1]
     if len(sizes) > 1:
         raise ValueError(
             f"{node.kind} at {node.scope!r}: its scales lie along the axes {sizes} of the weight; "
             "runtimes have one per tensor or per index of one axis"
         )
-    bits = 4 if np.abs(codes.astype(np.int32)).max(initial=0) <= 7 else 8
+    numbers = scale.reshape(-1)
+    if stored.one:
+        sizes, numbers = [], numbers[:1]
     weight = mark(
-        jnp.asarray(codes * scale, jnp.float32), scale=scale.reshape(-1), zero_point=0,
-        bits=bits, narrow=True, axis=sizes[0] if sizes else None,
+        jnp.asarray(codes * scale, jnp.float32), scale=numbers, zero_point=0,
+        bits=stored.bits, narrow=True, axis=sizes[0] if sizes else None,
     )  # fmt: skip
     if node.kind == "dot":
         return _product(x, weight, node.get("dimension_numbers"), node.get("side"))

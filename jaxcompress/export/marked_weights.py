@@ -25,6 +25,7 @@ from jaxcompress.export.litert_convolutions import (
     padded,
     simpler,
 )
+from jaxcompress.export.litert_runtimes import Runtime, why_not_four_bits
 from jaxcompress.export.marks import FAKE_QUANT, mark, mark_dynamic, stored_bits
 from jaxcompress.graph import compat
 
@@ -52,6 +53,7 @@ def marked_weights(
     packed: Any,
     *,
     dynamic: bool,
+    runtime: Runtime = "litert",
     widened: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
     """`apply_fn` of the inputs alone, on packed weights that are marked.
@@ -60,6 +62,7 @@ def marked_weights(
       apply_fn: (params, *inputs) -> outputs.
       packed: its params; packed leaves are symmetric integers, with scales along whole axes.
       dynamic: whether what meets a weight is on dynamic grids (`mark_dynamic`).
+      runtime: dense weights of 4 bits that it does not compute right are stored in 8.
       widened: gets the weights that are stored in more bits than they have, and why, when the
         returned function is traced.
 
@@ -74,9 +77,8 @@ def marked_weights(
     def marked(*inputs: Any) -> Any:
         closed, out = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
         values = [*weights, *jax.tree.leaves(inputs)]
-        results = _Evaluation(dynamic, {} if widened is None else widened).run(
-            compat.body(closed), values
-        )
+        evaluation = _Evaluation(dynamic, runtime, {} if widened is None else widened)
+        results = evaluation.run(compat.body(closed), values)
         return jax.tree.unflatten(jax.tree.structure(out), list(map(_marked, results)))
 
     return marked
@@ -124,8 +126,9 @@ def _marked(x: Any, axis: int | None = None) -> Any:
 class _Evaluation:
     """Evaluates jaxprs on values of which some are weights."""
 
-    def __init__(self, dynamic: bool, widened: dict[str, str]):
+    def __init__(self, dynamic: bool, runtime: Runtime, widened: dict[str, str]):
         self.dynamic, self.widened = dynamic, widened
+        self.runtime: Runtime = runtime
         self.grids: dict[int, tuple[Any, dict[str, Any]]] = {}  # id of an array -> its mark
 
     def run(self, body: compat.Body, values: Sequence[Any]) -> list[Any]:
@@ -200,14 +203,10 @@ class _Evaluation:
             array=w.array.transpose(order).reshape(rows.shape[-1], math.prod(sizes)),
             step=w.step.transpose(order).reshape(rows.shape[-1], math.prod(sizes)),
         )
-        if self.dynamic and _has_lowest_of_four(matrix):
-            # Its kernels without XNNPACK read the code -8 as +8.
-            self.widened[w.name] = "int8: not all of its kernels read the int4 code -8"
-            matrix = matrix._replace(bits=8)
         if self.dynamic:
             rows = mark_dynamic(rows, axes=(rows.ndim - 1,))
         y = lax.dot_general(
-            rows, _marked(matrix, 1), (((rows.ndim - 1,), (0,)), ((), ())),
+            rows, self._matrix(matrix), (((rows.ndim - 1,), (0,)), ((), ())),
             precision=eqn.params["precision"],
             preferred_element_type=eqn.params["preferred_element_type"],
         )  # fmt: skip
@@ -215,6 +214,20 @@ class _Evaluation:
         if side == 1:
             return y
         return jnp.moveaxis(y, range(len(free)), range(len(sizes), y.ndim))
+
+    def _matrix(self, w: Weight) -> Array:
+        # Of a dense layer, marked as the runtime computes it right.
+        why = w.bits == 4 and why_not_four_bits(
+            self.runtime,
+            scales=len(np.unique(w.step)),
+            lowest=np.rint(w.array / w.step).min(initial=0),
+            dynamic=self.dynamic,
+        )
+        if why:
+            self.widened[w.name] = why
+            w = w._replace(bits=8)
+        # TFLite-Micro knows one scale by the count; LiteRT's fast kernels have one per output.
+        return _marked(w, 1 if self.runtime == "litert" or _axes(w) else None)
 
     def _conv(self, eqn: Any, x: Array, w: Any) -> Any:
         numbers = eqn.params["dimension_numbers"]
@@ -262,10 +275,6 @@ class _Evaluation:
             moved, scale=attributes["scale"], zero_point=attributes["zero_point"],
             bits=int(attributes["dtype"][1:]), narrow=attributes["narrow_range"],
         )  # fmt: skip
-
-
-def _has_lowest_of_four(w: Weight) -> bool:
-    return w.bits == 4 and bool((np.rint(w.array / w.step) < -7).any())
 
 
 def _is_lookup(eqn: Any, table: Weight, indices: Any) -> bool:
