@@ -112,3 +112,67 @@ def test_a_litert_file_that_is_wrong_is_not_left(tmp_path, monkeypatch):
         jc.export.litert(dense, {"w": W}, X, path=path)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
     assert jc.export.litert(dense, {"w": W}, X, path=path, verify=False).file_bytes
+
+
+def test_onnx_reports_what_its_run_showed(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    path, several = tmp_path / "a.onnx", lambda p, x: {"y": dense(p, x), "a": (x[:, 0] > 0, x + 1)}
+    shown = jc.export.onnx(several, {"w": W}, X, path=path).verified
+    assert shown.largest_difference is not None and shown.bound and not shown.reason
+    assert shown.largest_difference <= shown.bound < 1e-5
+    recipe = jc.quantize.weights(jc.formats.integer(8), axis=-1)
+    packed, shape = (
+        recipe.pack({"w": W}, recipe.init({"w": W})),
+        jax.ShapeDtypeStruct(X.shape, "f4"),
+    )
+    shown = jc.export.onnx(dense, packed, shape, path=path, products="dynamic").verified
+    # Activations on 256 codes: half a step of each moves the result, by far more than float32.
+    assert shown.largest_difference is not None and 1e-4 < shown.largest_difference < 0.1
+    for x in (X[:, :3], X.astype(np.float16)):
+        with pytest.raises(ValueError, match=r"export.onnx\(examples\): must be"):
+            jc.export.onnx(dense, {"w": W}, shape, path=path, examples=x)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    shown = jc.export.onnx(dense, packed, X, path=path).verified
+    assert shown.largest_difference is None and "onnxruntime is not installed" in shown.reason
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+def test_an_integer_program_runs_as_it_is_written(activations, tmp_path):
+    pytest.importorskip("onnxruntime")
+    program = jc.quantize.integer_only(dense_only, {"w": W}, [X])
+    path, step = tmp_path / "a.onnx", float(program.grids[program.output].qparams.scale)
+    for examples in (None, X, (X[:2],)):
+        shown = jc.export.onnx(
+            program, path=path, activations=activations, examples=examples
+        ).verified
+        assert shown.largest_difference is not None and shown.largest_difference <= 1.01 * step
+    with pytest.raises(ValueError, match=r"export.onnx\(examples\): must have the shape"):
+        jc.export.onnx(program, path=path, examples=X[:, :3])
+
+
+def test_an_onnx_file_that_is_wrong_is_not_left(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    module = sys.modules["jaxcompress.export.onnx_file"]
+    path, other = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    path.write_bytes(b"old")
+    wrong = {
+        "differs from the function by": lambda p, x: dense({"w": p["w"] + 0.01}, x),
+        r"gives float32\[5, 4\] as output 0": lambda p, x: dense(p, x)[:, :4],
+        "has 2 outputs, the function 1": lambda p, x: (dense(p, x), x),
+    }
+    for message, fn in wrong.items():
+        jc.export.onnx(fn, {"w": W}, X, path=other)
+        with monkeypatch.context() as patch:
+            loaded = jc.export.session(other)
+            patch.setattr(module, "of_bytes", lambda *_, loaded=loaded: loaded)
+            with pytest.raises(
+                ValueError, match=f"export.onnx: the file that was written {message}"
+            ):
+                jc.export.onnx(dense, {"w": W}, X, path=path)
+        assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+    patched = lambda *_: jc.export.session(path)
+    monkeypatch.setattr(module, "of_bytes", patched)
+    with pytest.raises(ValueError, match=r"export.onnx: nothing was written.*Runtime refuses"):
+        jc.export.onnx(dense, {"w": W}, X, path=path)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+    assert jc.export.onnx(dense, {"w": W}, X, path=path, verify=False).verified.reason

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxcompress.core.files import replacing
 from jaxcompress.core.meshes import on_one_device
-from jaxcompress.core.packed import is_packed, packed_bytes
+from jaxcompress.core.packed import is_packed, packed_bytes, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
     onnx_composed,
@@ -23,11 +24,19 @@ from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
     onnx_views,
 )
 from jaxcompress.export.marked_program import marked_program
-from jaxcompress.export.onnx_graph import Graph, Port, require_onnx, write
+from jaxcompress.export.onnx_graph import Graph, Port, require_onnx
 from jaxcompress.export.onnx_lower import Lowering, Settings, refusal
 from jaxcompress.export.onnx_rules import RULES
 from jaxcompress.export.onnx_shapes import Dims, is_static
 from jaxcompress.export.onnx_trace import LONGEST_SCAN, Trace, trace
+from jaxcompress.export.sessions import of_bytes
+from jaxcompress.export.verify import (
+    Verified,
+    drawn_input,
+    example_inputs,
+    unverified,
+    verified,
+)
 from jaxcompress.graph.equations import Equation
 from jaxcompress.quantize.integer import IntegerProgram
 
@@ -63,6 +72,7 @@ class OnnxReport(NamedTuple):
       inputs, outputs: name, dtype and shape of each; a str in a shape is a size of any value.
       larger: packed leaves that take more bytes in the file than packed, and why.
       domains: of operators that are not ONNX's own; a runtime has to know them.
+      verified: what a run of the file showed.
     """
 
     path: Path
@@ -73,6 +83,7 @@ class OnnxReport(NamedTuple):
     outputs: tuple[Port, ...]
     larger: tuple[Larger, ...] = ()
     domains: tuple[str, ...] = ()
+    verified: Verified = unverified("verify=False")
 
 
 @on_one_device
@@ -86,6 +97,8 @@ def onnx(
     products: Literal["float", "dynamic"] = "float",
     activations: Literal["uint8", "int8"] = "uint8",
     operators: Literal["onnxruntime", "standard"] = "onnxruntime",
+    verify: bool = True,
+    examples: Any = None,
 ) -> OnnxReport:
     """Writes a network as an ONNX file, quantized as it is here.
 
@@ -118,18 +131,23 @@ def onnx(
       operators: "standard" writes no operator of ONNX Runtime's own, for other runtimes: integers
         become float32 by DequantizeLinear before MatMul (then ONNX Runtime rounds activations to
         8 bits unless its option `session.qdq_matmulnbits_accuracy_level` is "1").
+      verify: runs the file in ONNX Runtime (with the options of `jc.export.session`), at the sizes
+        of the inputs, and compares it with the network; what differs by more than rounding is an
+        error. Where the runtime is not installed, the report says so.
+      examples: inputs for that run, if not those given; see `verify.example_inputs`.
 
     Raises:
       ImportError: the package onnx is missing.
       ValueError: a primitive that is not lowered, with its scope and shapes; a network that cannot
-        be traced for free sizes; more than 2 GiB. No file is written then.
+        be traced for free sizes; more than 2 GiB; a file that the runtime refuses, or that differs
+        from the network. No file is written then.
       TypeError: no inputs, or params of another kind.
 
     Opset 19; 21 where blocks or 4-bit codes need DequantizeLinear. `MatMulNBits` and
     `GatherBlockQuantized` are ONNX Runtime's own operators (com.microsoft). ONNX Runtime rounds an
     accumulator once, in float32, where `IntegerProgram.run` rounds twice in integers: single codes
     differ by one step. On x86 without VNNI its products of uint8 and int8 saturate unless its
-    option `session.x64quantprecision` is "1", as in `jc.export.session`.
+    option `session.x64quantprecision` is "1", as in `jc.export.session`; those of int8 do not.
 
     >>> import tempfile
     >>> params, x = {"w": jax.numpy.ones((4, 2))}, jax.numpy.ones((3, 4))
@@ -141,29 +159,66 @@ def onnx(
     require_onnx()
     _check(products=products, activations=activations, operators=operators)
     if isinstance(apply_fn, IntegerProgram):
-        program = apply_fn
         if params is not None or inputs:
             raise TypeError(
                 "export.onnx: an IntegerProgram has its weights and shapes; give a path"
             )
-        inputs = (jax.ShapeDtypeStruct(program.shape, np.float32),)
-        shapes = shapes if program.batched else None
-        marked = marked_program(program)
-        apply_fn, params = lambda _, x: marked(x), ()
+        shapes = shapes if apply_fn.batched else None
+        apply_fn, inputs = _of_program(apply_fn, examples)
+        params, examples = (), None
     if not jax.tree.leaves(inputs):
         raise TypeError("export.onnx: needs the inputs: arrays or jax.ShapeDtypeStructs")
+    trial = example_inputs(inputs, examples, where="export.onnx") if verify else ()
     traced = trace(apply_fn, params, inputs, shapes, constraints)
     settings = Settings(products == "dynamic", activations, operators == "standard")
     graph, ports = _lowered(traced, settings)
     model = graph.model(*ports, name="jaxcompress")
-    size = write(model, path)
+    content, shown = model.SerializeToString(), unverified("verify=False")
+    if verify:
+        shown = _verified(content, apply_fn, params, trial, _OPERANDS[products])
+    with replacing(Path(path)) as file:
+        file.write(content)
     nodes = Counter(node.op_type for node in model.graph.node)
     counts = MappingProxyType(dict(sorted(nodes.items())))
     larger = _larger(params, graph, ports[1])
     domains = tuple(sorted({node.domain for node in model.graph.node} - {""}))
+    inputs_, outputs = map(tuple, ports)
     return OnnxReport(
-        Path(path), size, graph.opset, counts, *map(tuple, ports), larger=larger, domains=domains
+        Path(path), len(content), graph.opset, counts, inputs_, outputs, larger, domains, shown
     )
+
+
+# Steps of a grid over a whole tensor by which its numbers move when the runtime quantizes them:
+# half a step of MatMulNBits' symmetric grids is one of 256 codes where all have one sign.
+_OPERANDS = {"float": 0.0, "dynamic": 1.0}
+
+
+def _of_program(
+    program: IntegerProgram, examples: Any
+) -> tuple[Callable[..., Any], tuple[np.ndarray]]:
+    # As a function of no params, and an input: that of the examples, or drawn.
+    marked = marked_program(program)
+    if examples is None:
+        x = drawn_input(program, (2 if program.batched else program.shape[0], *program.shape[1:]))
+    else:
+        (x,) = examples if isinstance(examples, tuple | list) else (examples,)
+        program._check("export.onnx(examples)", x)
+    return (lambda _, x: marked(x)), (np.asarray(x, np.float32),)
+
+
+def _verified(
+    content: bytes, fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], operands: float
+) -> Verified:
+    try:
+        runtime = of_bytes(content, ".onnx")
+    except ImportError as error:
+        return unverified(str(error))
+    except ValueError as error:
+        raise ValueError(
+            f"export.onnx: nothing was written (verify=False keeps such a file): {error}"
+        ) from error
+    params = jax.tree.map(np.asarray, unpack(params))
+    return verified(runtime.run, fn, params, inputs, where="export.onnx", operands=operands)
 
 
 _CHOICES = {

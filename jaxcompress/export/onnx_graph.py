@@ -2,14 +2,10 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from jaxcompress.core.files import replacing
 
 OPSET = 19
 """Standard operators are of this version where it has them; int8 QDQ pairs load up to it."""
@@ -175,14 +171,6 @@ def require_onnx() -> Any:
             'export.onnx needs the package onnx: pip install "jaxcompress[export]"'
         ) from error
     return onnx
-
-
-def write(model: Any, path: str | os.PathLike) -> int:
-    """Writes a model to `path`, whole or not at all; its bytes."""
-    content = model.SerializeToString()
-    with replacing(Path(path)) as file:
-        file.write(content)
-    return len(content)
 
 
 def _node_proto(onnx: Any, node: Node) -> Any:
