@@ -105,12 +105,12 @@ CASES = {
         (2, 2, 3, 3),
     ),
     "tinybert_hidden_mask": (
-        functools.partial(distill.tinybert_hidden, mask=jnp.asarray(MASK)),
+        functools.partial(distill.tinybert_hidden, where=jnp.asarray(MASK)),
         functools.partial(masked_reference, pairs=False),
         (2, 3, 4),
     ),
     "tinybert_attention_mask": (
-        functools.partial(distill.tinybert_attention, mask=jnp.asarray(MASK)),
+        functools.partial(distill.tinybert_attention, where=jnp.asarray(MASK)),
         functools.partial(masked_reference, pairs=True),
         (2, 2, 3, 3),
     ),
@@ -313,27 +313,27 @@ def test_padding_has_no_influence_and_no_gradient(name):
     loss, _, shape = CASES[name]
     mask = jnp.asarray(MASK)
     s, t = normal(25, *shape), normal(26, *shape)
-    base = loss(f32(s), f32(t), mask=mask)
+    base = loss(f32(s), f32(t), where=mask)
     spoiled_s, spoiled_t = s.copy(), t.copy()
     for a in (spoiled_s, spoiled_t):
         if a.ndim == 3:
             a[MASK == 0] = np.nan
         else:
             a[np.broadcast_to((MASK[:, :, None] * MASK[:, None] == 0)[:, None], shape)] = np.nan
-    value, grad = jax.value_and_grad(loss)(f32(spoiled_s), f32(spoiled_t), mask=mask)
+    value, grad = jax.value_and_grad(loss)(f32(spoiled_s), f32(spoiled_t), where=mask)
     np.testing.assert_allclose(value, base, rtol=1e-6)
     assert np.all(np.isfinite(grad)) and not np.any(np.asarray(grad)[np.isnan(spoiled_s)])
     assert np.any(np.asarray(grad)[~np.isnan(spoiled_s)])
     axes = [(0, 0)] + [(0, 2 * (n == 3)) for n in shape[1:]]
-    longer = loss(*(f32(np.pad(a, axes)) for a in (s, t)), mask=jnp.pad(mask, ((0, 0), (0, 2))))
+    longer = loss(*(f32(np.pad(a, axes)) for a in (s, t)), where=jnp.pad(mask, ((0, 0), (0, 2))))
     np.testing.assert_allclose(longer, base, rtol=1e-6)
-    each = loss(f32(s), f32(t), mask=mask, per_example=True)
+    each = loss(f32(s), f32(t), where=mask, per_example=True)
     for i in range(2):
-        alone = loss(f32(s[i : i + 1]), f32(t[i : i + 1]), mask=mask[i : i + 1])
+        alone = loss(f32(s[i : i + 1]), f32(t[i : i + 1]), where=mask[i : i + 1])
         np.testing.assert_allclose(each[i], alone, rtol=1e-6)
-    assert float(loss(f32(s), f32(t), mask=0 * mask)) == 0.0
+    assert float(loss(f32(s), f32(t), where=0 * mask)) == 0.0
     np.testing.assert_allclose(
-        loss(f32(s), f32(t), mask=0 * mask + 1), loss(f32(s), f32(t)), rtol=1e-6
+        loss(f32(s), f32(t), where=0 * mask + 1), loss(f32(s), f32(t)), rtol=1e-6
     )
 
 
@@ -428,8 +428,8 @@ def test_a_projector_of_constant_maps_has_bounded_gradients():
         ),
         (lambda x: distill.tinybert_hidden(x, x), r"one shape \[B, T, D\], got \(2, 3, 3, 4\)"),
         (
-            lambda x: distill.tinybert_hidden(x[0], x[0], mask=jnp.ones((3, 2))),
-            r"mask must be \[B, T\] = \(3, 3\), got \(3, 2\)",
+            lambda x: distill.tinybert_hidden(x[0], x[0], where=jnp.ones((3, 2))),
+            r"where must be a mask of shape \(3, 3\), got \(3, 2\)",
         ),
         (
             lambda x: distill.tinybert_attention(x, x),

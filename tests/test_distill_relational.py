@@ -248,21 +248,23 @@ def test_padding_is_not_attended_to_and_extending_it_changes_nothing():
     s, t = normal(20, 2, 2, 3, 2), normal(21, 2, 2, 3, 5)
     expected = [minilm_reference(s[:1, :, :2], t[:1, :, :2]), 0.0]  # one token: its relation is 1
     loss = jax.jit(distill.minilm_relation, static_argnames="per_example")
-    each = loss(f32(s), f32(t), mask=mask, per_example=True)
+    each = loss(f32(s), f32(t), where=mask, per_example=True)
     np.testing.assert_allclose(each, expected, rtol=2e-5, atol=1e-7)
-    base = loss(f32(s), f32(t), mask=mask)
+    base = loss(f32(s), f32(t), where=mask)
     np.testing.assert_allclose(base, (2 * expected[0] + expected[1]) / 3, rtol=2e-5)
     gone = np.asarray(mask == 0)[:, None, :, None]
     spoiled = [f32(np.where(gone, np.nan, x)) for x in (s, t)]
-    value, grad = jax.value_and_grad(lambda s: loss(s, spoiled[1], mask=mask))(spoiled[0])
+    value, grad = jax.value_and_grad(lambda s: loss(s, spoiled[1], where=mask))(spoiled[0])
     np.testing.assert_allclose(value, base, rtol=1e-6)
     assert np.all(np.isfinite(grad)) and np.any(np.asarray(grad))
     assert not np.any(np.where(gone, grad, 0))
     longer = [f32(np.pad(x, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=3.0)) for x in (s, t)]
-    np.testing.assert_allclose(loss(*longer, mask=jnp.pad(mask, ((0, 0), (0, 2)))), base, rtol=1e-6)
-    assert float(loss(f32(s), f32(t), mask=0 * mask)) == 0.0
+    np.testing.assert_allclose(
+        loss(*longer, where=jnp.pad(mask, ((0, 0), (0, 2)))), base, rtol=1e-6
+    )
+    assert float(loss(f32(s), f32(t), where=0 * mask)) == 0.0
     plain = loss(f32(s), f32(t))
-    np.testing.assert_allclose(loss(f32(s), f32(t), mask=0 * mask + 1), plain, rtol=1e-6)
+    np.testing.assert_allclose(loss(f32(s), f32(t), where=0 * mask + 1), plain, rtol=1e-6)
     np.testing.assert_allclose(loss(f32(s), f32(t), per_example=True).mean(), plain, rtol=1e-6)
 
 
@@ -528,8 +530,8 @@ X = jnp.ones((2, 3))
             r"agree in \[B, heads, T\], got \(1, 2, 3, 4\) and \(1, 4, 3, 2\); reshape",
         ),
         (
-            lambda: distill.minilm_relation(*[jnp.ones((1, 2, 3, 4))] * 2, mask=jnp.ones((1, 2))),
-            r"mask must be \[B, T\] = \(1, 3\), got \(1, 2\)",
+            lambda: distill.minilm_relation(*[jnp.ones((1, 2, 3, 4))] * 2, where=jnp.ones((1, 2))),
+            r"where must be a mask of shape \(1, 3\), got \(1, 2\)",
         ),
         (
             lambda: distill.crd_init(jax.random.key(0), X, X, examples=0),

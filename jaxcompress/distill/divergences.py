@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 from jax import Array
 
+from jaxcompress.distill.masks import kept_rows, reduced, zeroed
 from jaxcompress.distill.probabilities import (
     both_log_probs,
     check_logits,
     check_share,
     kl,
-    reduced,
 )
 
 Number = float | Array
@@ -19,6 +19,7 @@ def reverse_kd(
     teacher_logits: Array,
     *,
     temperature: Number = 1.0,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """KL(softmax(z_s / T) || softmax(z_t / T)), the mean over examples.
@@ -29,6 +30,8 @@ def reverse_kd(
     Args:
       student_logits, teacher_logits: [..., classes], any float dtype; the loss is float32.
       temperature: T > 0, may be traced.
+      where: [...], nonzero where an example counts; None: everywhere. Others have no influence and
+        no gradient; the mean is over those that count, 0 if none does.
       per_example: give [...] instead of the mean.
 
     Raises:
@@ -37,8 +40,10 @@ def reverse_kd(
     Source: Gu et al. 2023, MiniLLM, arXiv 2306.08543, eq. 1.
     """
     check_logits(student_logits, teacher_logits)
+    keep = kept_rows(where, student_logits.shape[:-1])
+    student_logits, teacher_logits = zeroed(keep, student_logits, teacher_logits)
     log_s, log_t = both_log_probs(student_logits, teacher_logits, temperature)
-    return reduced(kl(log_s, log_t), per_example)
+    return reduced(kl(log_s, log_t), per_example, keep)
 
 
 def skew_kd(
@@ -47,12 +52,13 @@ def skew_kd(
     *,
     skew: Number = 0.1,
     temperature: Number = 1.0,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """KL(t || skew t + (1 - skew) s): at most -log(skew), the KL divergence at skew 0.
 
     Args:
-      student_logits, teacher_logits, temperature, per_example: as in `reverse_kd`.
+      student_logits, teacher_logits, temperature, where, per_example: as in `reverse_kd`.
       skew: in [0, 1], may be traced.
 
     Raises:
@@ -63,8 +69,10 @@ def skew_kd(
     """
     check_logits(student_logits, teacher_logits)
     check_share("skew", skew)
+    keep = kept_rows(where, student_logits.shape[:-1])
+    student_logits, teacher_logits = zeroed(keep, student_logits, teacher_logits)
     log_s, log_t = both_log_probs(student_logits, teacher_logits, temperature)
-    return reduced(kl(log_t, _mixed(log_t, log_s, skew)), per_example)
+    return reduced(kl(log_t, _mixed(log_t, log_s, skew)), per_example, keep)
 
 
 def reverse_skew_kd(
@@ -73,6 +81,7 @@ def reverse_skew_kd(
     *,
     skew: Number = 0.1,
     temperature: Number = 1.0,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """KL(s || (1 - skew) t + skew s): at most -log(skew), `reverse_kd` at skew 0.
@@ -81,8 +90,10 @@ def reverse_skew_kd(
     """
     check_logits(student_logits, teacher_logits)
     check_share("skew", skew)
+    keep = kept_rows(where, student_logits.shape[:-1])
+    student_logits, teacher_logits = zeroed(keep, student_logits, teacher_logits)
     log_s, log_t = both_log_probs(student_logits, teacher_logits, temperature)
-    return reduced(kl(log_s, _mixed(log_s, log_t, skew)), per_example)
+    return reduced(kl(log_s, _mixed(log_s, log_t, skew)), per_example, keep)
 
 
 def generalized_jsd(
@@ -91,6 +102,7 @@ def generalized_jsd(
     *,
     beta: Number = 0.5,
     temperature: Number = 1.0,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s.
@@ -99,8 +111,8 @@ def generalized_jsd(
     which are the limits of the divergence over beta, and over 1 - beta: the value jumps there.
 
     Args:
-      student_logits, teacher_logits, temperature, per_example: as in `reverse_kd`; the paper uses
-        temperature 0.9.
+      student_logits, teacher_logits, temperature, where, per_example: as in `reverse_kd`; the
+        paper uses temperature 0.9.
       beta: in [0, 1], may be traced.
 
     Raises:
@@ -110,6 +122,8 @@ def generalized_jsd(
     """
     check_logits(student_logits, teacher_logits)
     check_share("beta", beta)
+    keep = kept_rows(where, student_logits.shape[:-1])
+    student_logits, teacher_logits = zeroed(keep, student_logits, teacher_logits)
     log_s, log_t = both_log_probs(student_logits, teacher_logits, temperature)
     weight = jnp.asarray(beta, jnp.float32)
     ends = (weight == 0) | (weight == 1)
@@ -117,7 +131,7 @@ def generalized_jsd(
     mixture = _mixed(log_t, log_s, inner)
     losses = inner * kl(log_t, mixture) + (1.0 - inner) * kl(log_s, mixture)
     losses = jnp.where(weight == 0, kl(log_t, log_s), losses)
-    return reduced(jnp.where(weight == 1, kl(log_s, log_t), losses), per_example)
+    return reduced(jnp.where(weight == 1, kl(log_s, log_t), losses), per_example, keep)
 
 
 def _mixed(log_p: Array, log_q: Array, share: Number) -> Array:

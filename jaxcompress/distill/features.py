@@ -14,13 +14,18 @@ from jaxcompress.distill.features_arrays import (
     pool_to_smaller,
     unit,
 )
+from jaxcompress.distill.masks import kept_rows, zeroed
 
 
-def fitnets(student: Array, teacher: Array, *, per_example: bool = False) -> Array:
+def fitnets(
+    student: Array, teacher: Array, *, where: Array | None = None, per_example: bool = False
+) -> Array:
     """mean((r(f_s) - f_t)^2): hints. Apply the regressor r, a projector, before.
 
     Args:
       student, teacher: [N, ...] of one shape, any float dtype; the loss is float32.
+      where: [N], nonzero where an example counts; None: all. Others have no influence and no
+        gradient; the mean is over those that count, 0 if none does.
       per_example: give [N] instead of the mean.
 
     The teacher gets no gradient. The paper trains up to the hint layer first and then by KD; the
@@ -36,8 +41,8 @@ def fitnets(student: Array, teacher: Array, *, per_example: bool = False) -> Arr
     1.0
     """
     check_same_shape(student, teacher, "[N, ...]")
-    s, t = float32_pair(student, teacher)
-    return over_examples((s - t) ** 2, per_example)
+    keep, s, t = _kept_pair(student, teacher, where)
+    return over_examples((s - t) ** 2, per_example, keep)
 
 
 def attention_transfer(
@@ -46,6 +51,7 @@ def attention_transfer(
     *,
     power: float | Array = 2.0,
     floor: float | Array = 1e-3,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """mean((Q_s - Q_t)^2), Q = F / |F|_2 of an example, F = mean_c |f|^p at every place.
@@ -59,6 +65,8 @@ def attention_transfer(
       power: p >= 1, may be traced.
       floor: |F| counts as no less than floor^p, so that dead maps have bounded gradients; may be
         traced.
+      where: [N], nonzero where an example counts; None: all. Others have no influence and no
+        gradient; the mean is over those that count, 0 if none does.
       per_example: give [N] instead of the mean.
 
     The teacher gets no gradient. The usual weight is 1000.
@@ -75,12 +83,13 @@ def attention_transfer(
     """
     if isinstance(power, int | float) and not power >= 1:
         raise ValueError(f"power must be at least 1, got {power}")
-    s, t = pool_to_smaller(*float32_pair(student, teacher))
+    keep, s, t = _kept_pair(student, teacher, where)
+    s, t = pool_to_smaller(s, t)
     # F = mean_c |f|^p, Q = F / |F|_2
     p = jnp.asarray(power, jnp.float32)
     least = jnp.asarray(floor, jnp.float32) ** p
     q_s, q_t = (unit(jnp.mean(jnp.abs(f) ** p, axis=-1).reshape(len(f), -1), least) for f in (s, t))
-    return over_examples((q_s - q_t) ** 2, per_example)
+    return over_examples((q_s - q_t) ** 2, per_example, keep)
 
 
 def vid_variance(channels: int, *, initial: float = 5.0) -> Array:
@@ -101,7 +110,14 @@ def vid_variance(channels: int, *, initial: float = 5.0) -> Array:
 _VARIANCE_FLOOR = 1e-5
 
 
-def vid(student: Array, teacher: Array, raw_variance: Array, *, per_example: bool = False) -> Array:
+def vid(
+    student: Array,
+    teacher: Array,
+    raw_variance: Array,
+    *,
+    where: Array | None = None,
+    per_example: bool = False,
+) -> Array:
     """mean 1/2 ((r(f_s) - f_t)^2 / v_c + log v_c), v = softplus(raw_variance) + 1e-5.
 
     The negative log likelihood, less a constant, of the teacher's features under normal
@@ -113,6 +129,8 @@ def vid(student: Array, teacher: Array, raw_variance: Array, *, per_example: boo
       student, teacher: [N, ..., C] with the same C, any float dtype; the loss is float32. Larger
         maps are averaged to the size of the smaller ones.
       raw_variance: [C], from `vid_variance`.
+      where: [N], nonzero where an example counts; None: all. Others have no influence and no
+        gradient; the mean is over those that count, 0 if none does.
       per_example: give [N] instead of the mean.
 
     The teacher gets no gradient. The usual weight is 1.
@@ -132,13 +150,16 @@ def vid(student: Array, teacher: Array, raw_variance: Array, *, per_example: boo
             "student [N, ..., C], teacher [N, ..., C] and raw_variance [C] must agree in C, got "
             f"{student.shape}, {teacher.shape} and {raw_variance.shape}"
         )
-    s, t = pool_to_smaller(*float32_pair(student, teacher))
+    keep, s, t = _kept_pair(student, teacher, where)
+    s, t = pool_to_smaller(s, t)
     v = jax.nn.softplus(raw_variance.astype(jnp.float32)) + _VARIANCE_FLOOR
     v = jnp.expand_dims(v, range(s.ndim - 1))
-    return over_examples(0.5 * ((s - t) ** 2 / v + jnp.log(v)), per_example)
+    return over_examples(0.5 * ((s - t) ** 2 / v + jnp.log(v)), per_example, keep)
 
 
-def hierarchical_context(student: Array, teacher: Array, *, per_example: bool = False) -> Array:
+def hierarchical_context(
+    student: Array, teacher: Array, *, where: Array | None = None, per_example: bool = False
+) -> Array:
     """Squared errors of the maps and of their averages on 4x4, 2x2 and 1x1 grids: ReviewKD's HCL.
 
     (mse_0 + mse_1 / 2 + mse_2 / 4 + ...) / (1 + 1/2 + 1/4 + ...), over the grids that are smaller
@@ -147,6 +168,8 @@ def hierarchical_context(student: Array, teacher: Array, *, per_example: bool = 
     Args:
       student, teacher: [N, H, W, C] of one shape, any float dtype; the loss is float32. The
         student's are the fused ones of a stage; add the losses of the stages.
+      where: [N], nonzero where an example counts; None: all. Others have no influence and no
+        gradient; the mean is over those that count, 0 if none does.
       per_example: give [N] instead of the mean.
 
     The teacher gets no gradient. Usual weights are 1 to 8, reached over 20 epochs.
@@ -161,14 +184,23 @@ def hierarchical_context(student: Array, teacher: Array, *, per_example: bool = 
     1.0
     """
     check_same_shape(student, teacher, "[N, H, W, C]", ndim=4)
-    s, t = float32_pair(student, teacher)
+    keep, s, t = _kept_pair(student, teacher, where)
     difference = s - t  # pooling is linear
     grids = [n for n in (4, 2, 1) if n < min(s.shape[1:3])]
-    losses = [over_examples(difference**2, per_example)]
+    losses = [over_examples(difference**2, per_example, keep)]
     for n in grids:
-        losses.append(over_examples(pool_to(difference, (n, n)) ** 2, per_example))
+        losses.append(over_examples(pool_to(difference, (n, n)) ** 2, per_example, keep))
     weights = [0.5**k for k in range(len(losses))]
     total = losses[0]
     for weight, loss in zip(weights[1:], losses[1:], strict=True):
         total = total + weight * loss
     return total / sum(weights)
+
+
+def _kept_pair(
+    student: Array, teacher: Array, where: Array | None
+) -> tuple[Array | None, Array, Array]:
+    # which examples count, and both in float32, with zeros elsewhere
+    keep = kept_rows(where, student.shape[:1])
+    s, t = zeroed(keep, *float32_pair(student, teacher))
+    return keep, s, t

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxcompress.distill.masks import reduced
+
 # At the full precision of float32 also where the hardware would rather multiply in fewer bits.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -39,10 +41,12 @@ def check_same_examples(student: Array, teacher: Array, *, at_least: int = 1) ->
         raise ValueError(f"relations need at least {at_least} examples, got {pair[0][0]}")
 
 
-def over_examples(values: Array, per_example: bool) -> Array:
-    """The mean over all axes but the first; the mean of these unless `per_example`."""
-    each = jnp.mean(values.reshape(values.shape[0], -1), axis=1)
-    return each if per_example else jnp.mean(each)
+def over_examples(values: Array, per_example: bool, keep: Array | None = None) -> Array:
+    """The mean over all axes but the first; the mean of these unless `per_example`.
+
+    Where the mask `keep` [N] is False an example has 0 and does not count.
+    """
+    return reduced(jnp.mean(values.reshape(values.shape[0], -1), axis=1), per_example, keep)
 
 
 def masked_mean(values: Array, mask: Array, per_example: bool) -> Array:
@@ -50,13 +54,6 @@ def masked_mean(values: Array, mask: Array, per_example: bool) -> Array:
     axes = tuple(range(1, values.ndim)) if per_example else None
     counts = jnp.sum(jnp.broadcast_to(mask, values.shape), axis=axes, dtype=jnp.float32)
     return jnp.sum(jnp.where(mask, values, 0.0), axis=axes) / jnp.maximum(counts, 1.0)
-
-
-def token_mask(mask: Array, batch: int, tokens: int) -> Array:
-    """A mask of tokens as bool; raises ValueError unless it is [batch, tokens]."""
-    if mask.shape != (batch, tokens):
-        raise ValueError(f"mask must be [B, T] = {(batch, tokens)}, got {mask.shape}")
-    return mask.astype(bool)
 
 
 def norm(x: Array) -> Array:

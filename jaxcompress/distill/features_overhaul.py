@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.distill.features_arrays import float32_pair, pool_to
+from jaxcompress.distill.masks import kept_rows, reduced, zeroed
 
 
 def ofd_margin(scale: Array, bias: Array) -> Array:
@@ -45,6 +46,7 @@ def overhaul(
     teachers: Sequence[Array],
     margins: Sequence[Array],
     *,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """sum_i 2^(i - L) d_p(max(f_t, m), r(f_s)) over layers i = 1 to L: OFD.
@@ -56,6 +58,8 @@ def overhaul(
       students: L arrays [N, ..., C_i], connected (`conv_projector`) to the teacher's channels.
       teachers: L arrays [N, ..., C_i]; maps are averaged to the student's size.
       margins: L arrays [C_i], see `ofd_margin`.
+      where: [N], nonzero where an example counts; None: all. Others have no influence and no
+        gradient; the mean is over those that count, 0 if none does.
       per_example: give [N] instead of the mean.
 
     Any float dtypes; the loss is float32. The teacher gets no gradient. The usual weight is 1e-3.
@@ -75,12 +79,13 @@ def overhaul(
             "students, teachers and margins must be as many, at least one of each, got "
             f"{len(students)}, {len(teachers)} and {len(margins)}"
         )
-    total = jnp.zeros((), jnp.float32)
+    keep, total = kept_rows(where, students[0].shape[:1]), jnp.zeros((), jnp.float32)
     for i, (student, teacher, margin) in enumerate(zip(students, teachers, margins, strict=True)):
         _check_layer(i, student, teacher, margin)
         weight = 0.5 ** (len(students) - 1 - i)
+        student, teacher = zeroed(keep, student, teacher)
         total = weight * _partial_l2(student, teacher, margin) + total
-    return total if per_example else jnp.mean(total)
+    return reduced(total, per_example, keep)
 
 
 def _check_layer(i: int, student: Array, teacher: Array, margin: Array) -> None:

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxcompress.distill.masks import kept_rows, poisoned, reduced, zeroed
 from jaxcompress.distill.probabilities import (
     FLOOR,
     both_log_probs,
+    check_labels,
     check_logits,
     kl,
     one_hot,
-    reduced,
 )
 
 Number = float | Array
@@ -21,6 +22,7 @@ def kd(
     teacher_logits: Array,
     *,
     temperature: Number = 4.0,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), the mean over examples.
@@ -29,12 +31,15 @@ def kd(
       student_logits, teacher_logits: [..., classes], any float dtype; the loss is float32.
         Classes that both mask with -inf count nothing.
       temperature: T > 0, may be traced.
+      where: [...], nonzero where an example counts; None: everywhere. Others have no influence and
+        no gradient; the mean is over those that count, 0 if none does.
       per_example: give [...] instead of the mean.
 
     The teacher gets no gradient. Gradient of the student: T * (p_s - p_t) / examples.
 
     Raises:
-      ValueError: the shapes differ, there is no class axis, or a Python temperature is not above 0.
+      ValueError: the shapes differ, there is no class axis, or a Python temperature is not above 0;
+        `where` is not [...].
 
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
 
@@ -43,9 +48,11 @@ def kd(
     0.0
     """
     check_logits(student_logits, teacher_logits)
+    keep = kept_rows(where, student_logits.shape[:-1])
+    student_logits, teacher_logits = zeroed(keep, student_logits, teacher_logits)
     log_s, log_t = both_log_probs(student_logits, teacher_logits, temperature)
     # T^2 keeps the gradient's size independent of T
-    return reduced(jnp.square(_float(temperature)) * kl(log_t, log_s), per_example)
+    return reduced(jnp.square(_float(temperature)) * kl(log_t, log_s), per_example, keep)
 
 
 def dkd(
@@ -56,6 +63,8 @@ def dkd(
     target_weight: Number = 1.0,
     other_weight: Number = 8.0,
     temperature: Number = 4.0,
+    where: Array | None = None,
+    ignore_label: int | None = None,
     per_example: bool = False,
 ) -> Array:
     """T^2 (a KL of [p_y, 1 - p_y] + b KL over the other classes alone), the mean over examples.
@@ -64,8 +73,11 @@ def dkd(
     weights are free.
 
     Args:
-      student_logits, teacher_logits, temperature, per_example: as in `kd`; two classes or more.
-      labels: integers [...].
+      student_logits, teacher_logits, temperature, where, per_example: as in `kd`; two classes or
+        more.
+      labels: integers [...]. The loss is NaN where one is none of the classes.
+      ignore_label: examples of this label do not count, as if `where` left them out; -100 is the
+        usual mark of ignored tokens.
       target_weight: a, 1 in the paper.
       other_weight: b, 2 to 8 in the paper.
 
@@ -75,13 +87,17 @@ def dkd(
     Source: Zhao et al. 2022, Decoupled Knowledge Distillation, arXiv 2203.08679, eq. 7.
     """
     check_logits(student_logits, teacher_logits, classes=2)
+    check_labels(labels, student_logits)
+    keep = kept_rows(where, labels.shape, labels=labels, ignore_label=ignore_label)
+    student_logits, teacher_logits, labels = zeroed(keep, student_logits, teacher_logits, labels)
     target = one_hot(labels, student_logits)
     whole = both_log_probs(student_logits, teacher_logits, temperature)
     binary_s, binary_t = (_target_and_rest(z, target) for z in whole)
     others_s, others_t = both_log_probs(student_logits, teacher_logits, temperature, hide=target)
     losses = _float(target_weight) * kl(binary_t, binary_s)
     losses += _float(other_weight) * kl(others_t, others_s)
-    return reduced(jnp.square(_float(temperature)) * losses, per_example)
+    losses = poisoned(jnp.square(_float(temperature)) * losses, labels, target.shape[-1])
+    return reduced(losses, per_example, keep)
 
 
 def nkd(
@@ -91,6 +107,8 @@ def nkd(
     *,
     other_weight: Number = 1.5,
     temperature: Number = 1.0,
+    where: Array | None = None,
+    ignore_label: int | None = None,
     per_example: bool = False,
 ) -> Array:
     """-p_t,y log p_s,y - g T^2 sum over the other classes of p_t log p_s, each softmax over these.
@@ -98,7 +116,8 @@ def nkd(
     The target term has temperature 1. Cross-entropies: not 0 where both agree.
 
     Args:
-      student_logits, teacher_logits, labels, temperature, per_example: as in `dkd`.
+      student_logits, teacher_logits, labels, temperature, where, ignore_label, per_example: as in
+        `dkd`.
       other_weight: g, 1.5 in the paper.
 
     Raises:
@@ -108,13 +127,16 @@ def nkd(
     arXiv 2303.13005, eq. 9.
     """
     check_logits(student_logits, teacher_logits, classes=2)
+    check_labels(labels, student_logits)
+    keep = kept_rows(where, labels.shape, labels=labels, ignore_label=ignore_label)
+    student_logits, teacher_logits, labels = zeroed(keep, student_logits, teacher_logits, labels)
     target = one_hot(labels, student_logits)
     log_s, log_t = both_log_probs(student_logits, teacher_logits, 1.0)
     losses = -jnp.sum(jnp.where(target, jnp.exp(log_t) * log_s, 0.0), axis=-1)
     others_s, others_t = both_log_probs(student_logits, teacher_logits, temperature, hide=target)
     others = -jnp.sum(jnp.exp(others_t) * others_s, axis=-1)
     losses += _float(other_weight) * jnp.square(_float(temperature)) * others
-    return reduced(losses, per_example)
+    return reduced(poisoned(losses, labels, target.shape[-1]), per_example, keep)
 
 
 def top_k_kd(
@@ -123,6 +145,7 @@ def top_k_kd(
     *,
     k: int,
     temperature: Number = 1.0,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """T^2 KL over the teacher's k likeliest classes and one bucket for all the others together.
@@ -131,7 +154,7 @@ def top_k_kd(
     among themselves. Without the bucket the sum can be negative.
 
     Args:
-      student_logits, teacher_logits, temperature, per_example: as in `kd`.
+      student_logits, teacher_logits, temperature, where, per_example: as in `kd`.
       k: 1 to classes.
 
     Raises:
@@ -141,6 +164,8 @@ def top_k_kd(
     classes = student_logits.shape[-1]
     if not 1 <= k <= classes:
         raise ValueError(f"k must be in 1 to {classes}, the number of classes, got {k}")
+    keep = kept_rows(where, student_logits.shape[:-1])
+    student_logits, teacher_logits = zeroed(keep, student_logits, teacher_logits)
     log_s, log_t = both_log_probs(student_logits, teacher_logits, temperature)
     _, chosen = jax.lax.top_k(log_t, k)
     inside = jnp.any(jax.nn.one_hot(chosen, classes, dtype=jnp.bool_), axis=-2)
@@ -150,7 +175,7 @@ def top_k_kd(
         return jnp.concatenate([jnp.take_along_axis(log_p, chosen, axis=-1), rest], axis=-1)
 
     losses = kl(bucketed(log_t), bucketed(log_s))
-    return reduced(jnp.square(_float(temperature)) * losses, per_example)
+    return reduced(jnp.square(_float(temperature)) * losses, per_example, keep)
 
 
 def standardize_logits(logits: Array, *, epsilon: float = 1e-4) -> Array:

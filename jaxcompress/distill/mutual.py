@@ -1,5 +1,6 @@
 """Deep mutual learning: students that teach each other, trained in one step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,12 @@ from jax import Array
 
 from jaxcompress.core.numbers import Number, number_at
 from jaxcompress.distill.logits import kd
+from jaxcompress.distill.masks import kept_rows
 
 
-def mutual_kd(logits: Array, *, temperature: float | Array = 1.0) -> Array:
+def mutual_kd(
+    logits: Array, *, temperature: float | Array = 1.0, where: Array | None = None
+) -> Array:
     """For each student the mean over its peers of T^2 KL(peer || student): float32 [students].
 
     Peers get no gradient from a student's loss: the sum over students trains each by its own.
@@ -19,6 +23,7 @@ def mutual_kd(logits: Array, *, temperature: float | Array = 1.0) -> Array:
     Args:
       logits: [students, ..., classes], two students or more.
       temperature: T > 0, may be traced; 1 in the paper.
+      where: [...], as in `kd`; the same for all students.
 
     Raises:
       ValueError: fewer than two students; a Python temperature is not above 0.
@@ -27,28 +32,39 @@ def mutual_kd(logits: Array, *, temperature: float | Array = 1.0) -> Array:
     """
     if logits.ndim < 2 or len(logits) < 2:
         raise ValueError(f"logits must be [students >= 2, ..., classes], got {logits.shape}")
-    one = lambda student, peer: kd(student, peer, temperature=temperature)
+    one = lambda student, peer: kd(student, peer, temperature=temperature, where=where)
     pairs = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))(logits, logits)
     own = jnp.eye(len(logits), dtype=bool)
     return jnp.sum(jnp.where(own, 0.0, pairs), axis=1) / (len(logits) - 1)
 
 
 def mutual_loss(
-    task: Callable[[Array, Any], Array], *, kd_weight: Number = 1.0, temperature: Number = 1.0
+    task: Callable[[Array, Any], Array],
+    *,
+    kd_weight: Number = 1.0,
+    temperature: Number = 1.0,
+    ignore_label: int | None = None,
 ) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """sum over students of task(z_i, labels) + kd_weight * `mutual_kd`_i, as a loss of `make_step`.
 
     Args:
-      task: (logits of one student, labels) -> scalar: `jaxcompress.train.cross_entropy`.
+      task: (logits of one student, labels) -> scalar: `jaxcompress.train.cross_entropy`; with a
+        mask it is called with `where=` too.
       kd_weight, temperature: numbers, or schedules of the step.
+      ignore_label: examples of this label do not count, in the task neither.
+
+    The loss takes a mask as `where=`, nonzero where an example counts.
 
     All students take their step at once, where the paper's algorithm has turns.
     """
 
-    def loss(outputs, labels, teacher_outputs, step):
+    def loss(outputs, labels, teacher_outputs, step, *, where=None):
         del teacher_outputs
-        soft = mutual_kd(outputs, temperature=number_at(temperature, step))
-        hard = jax.vmap(task, in_axes=(0, None))(outputs, labels).astype(jnp.float32)
+        shape = outputs.shape[1:-1]
+        keep = kept_rows(where, shape, labels=labels, ignore_label=ignore_label)
+        soft = mutual_kd(outputs, temperature=number_at(temperature, step), where=keep)
+        one = task if keep is None else functools.partial(task, where=keep)
+        hard = jax.vmap(one, in_axes=(0, None))(outputs, labels).astype(jnp.float32)
         total = jnp.sum(hard + number_at(kd_weight, step) * soft)
         return total, {"task": jnp.mean(hard), "mutual_kd": jnp.mean(soft)}
 

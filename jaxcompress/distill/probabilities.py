@@ -34,17 +34,22 @@ def check_logits(student_logits: Array, teacher_logits: Array, *, classes: int =
         raise ValueError(f"logits must have at least {classes} classes, got {shapes[0]}")
 
 
-def one_hot(labels: Array, logits: Array) -> Array:
-    """bool [..., classes], True at the labels.
-
-    Raises:
-      ValueError: the labels are no integers [...] for logits [..., classes].
-    """
+def check_labels(labels: Array, logits: Array) -> None:
+    """Raises ValueError unless the labels are integers [...] for logits [..., classes]."""
     if labels.shape != logits.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels must be integers {logits.shape[:-1]} for logits {logits.shape}, got "
             f"{labels.dtype} {labels.shape}"
         )
+
+
+def one_hot(labels: Array, logits: Array) -> Array:
+    """bool [..., classes], True at the labels; nowhere for a label out of range.
+
+    Raises:
+      ValueError: as `check_labels`.
+    """
+    check_labels(labels, logits)
     return jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.bool_)
 
 
@@ -74,8 +79,3 @@ def both_log_probs(
 def kl(log_p: Array, log_q: Array) -> Array:
     """KL(p || q) = sum of p (log p - log q) over the last axis."""
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-
-
-def reduced(losses: Array, per_example: bool) -> Array:
-    """The losses [...], or their mean."""
-    return losses if per_example else jnp.mean(losses)

@@ -21,12 +21,13 @@ from jaxcompress.distill.features_arrays import (
     norm,
     unit,
 )
+from jaxcompress.distill.masks import count_of, kept_rows, zeroed
 
 _FLOOR = 1e-3
 _EQUAL = 1e-5
 
 
-def similarity_preserving(student: Array, teacher: Array) -> Array:
+def similarity_preserving(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """|G_t - G_s|_F^2 / N^2, G the products F F^T with rows of length 1.
 
     At most 4 / N. Does not change when features are rotated or scaled; numbers of features may
@@ -34,6 +35,8 @@ def similarity_preserving(student: Array, teacher: Array) -> Array:
 
     Args:
       student, teacher: [N, ...], flattened, any float dtype; the loss is float32.
+      where: [N], nonzero where an example counts; None: all. The loss is that of a batch of those
+        alone, 0 without any.
 
     The teacher gets no gradient.
 
@@ -47,12 +50,12 @@ def similarity_preserving(student: Array, teacher: Array) -> Array:
     >>> print(similarity_preserving(3 * x, x).round(6))
     0.0
     """
-    s, t = _rows(student, teacher)
+    keep, s, t = _rows(student, teacher, where)
     g_s, g_t = (unit(_scaled(matmul(f, f.T)), _FLOOR) for f in (s, t))
-    return jnp.mean((g_t - g_s) ** 2)
+    return _over_tuples((g_t - g_s) ** 2, keep)
 
 
-def rkd_distance(student: Array, teacher: Array) -> Array:
+def rkd_distance(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """mean over i, j of huber(d_s / mean d_s - d_t / mean d_t), d = |x_i - x_j|.
 
     The mean distance is over i != j. 0 where the student's embedding is the teacher's, rotated,
@@ -61,6 +64,8 @@ def rkd_distance(student: Array, teacher: Array) -> Array:
 
     Args:
       student, teacher: [N, ...] embeddings, flattened, any float dtype; the loss is float32.
+      where: [N], nonzero where an example counts; None: all. The loss is that of a batch of those
+        alone, 0 without any.
 
     The teacher gets no gradient. Distances below 1e-5 of the embeddings' length count as 0 and
     have no gradient.
@@ -74,17 +79,18 @@ def rkd_distance(student: Array, teacher: Array) -> Array:
     >>> print(rkd_distance(2 * x + 1, x).round(6))
     0.0
     """
-    s, t = _rows(student, teacher, at_least=2)
-    pairs = len(s) * (len(s) - 1)
+    keep, s, t = _rows(student, teacher, where, at_least=2)
+    count = count_of(keep, len(s))
+    pairs = jnp.maximum(count * (count - 1), 1)
 
     def relative(x: Array) -> Array:
-        d = norm(_differences(x))
+        d = _among(norm(_differences(x)), keep)
         return d / jnp.maximum(jnp.sum(d) / pairs, _FLOOR)
 
-    return jnp.mean(optax.huber_loss(relative(s), relative(t)))
+    return _over_tuples(optax.huber_loss(relative(s), relative(t)), keep)
 
 
-def rkd_angle(student: Array, teacher: Array) -> Array:
+def rkd_angle(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """mean over i, j, k of huber(cos_s - cos_t), the cosine of the angle at x_i from x_j to x_k.
 
     0 where the student's embedding is the teacher's, rotated, shifted, scaled, in however many
@@ -92,6 +98,8 @@ def rkd_angle(student: Array, teacher: Array) -> Array:
 
     Args:
       student, teacher: [N, ...] embeddings, flattened, any float dtype; the loss is float32.
+      where: [N], nonzero where an example counts; None: all. The loss is that of a batch of those
+        alone, 0 without any.
 
     The teacher gets no gradient. Cosines at x_i to itself or its equals count as 0.
 
@@ -105,16 +113,22 @@ def rkd_angle(student: Array, teacher: Array) -> Array:
     >>> print(rkd_angle(2 * x + 1, x).round(6))
     0.0
     """
-    s, t = _rows(student, teacher, at_least=3)
+    keep, s, t = _rows(student, teacher, where, at_least=3)
 
     def cosines(x: Array) -> Array:
         e = unit(_differences(x), _FLOOR)
         return matmul(e, jnp.swapaxes(e, 1, 2))
 
-    return jnp.mean(optax.huber_loss(cosines(s), cosines(t)))
+    return _over_tuples(optax.huber_loss(cosines(s), cosines(t)), keep)
 
 
-def pkt(student: Array, teacher: Array, *, epsilon: float | Array = 1e-7) -> Array:
+def pkt(
+    student: Array,
+    teacher: Array,
+    *,
+    epsilon: float | Array = 1e-7,
+    where: Array | None = None,
+) -> Array:
     """mean over i, j of P_t log((P_t + epsilon) / (P_s + epsilon)).
 
     P are the cosines, mapped to (1 + cos) / 2 and divided by the sums of their rows. Does not
@@ -122,6 +136,8 @@ def pkt(student: Array, teacher: Array, *, epsilon: float | Array = 1e-7) -> Arr
 
     Args:
       student, teacher: [N, ...], flattened, any float dtype; the loss is float32.
+      where: [N], nonzero where an example counts; None: all. The loss is that of a batch of those
+        alone, 0 without any.
       epsilon: may be traced.
 
     The teacher gets no gradient.
@@ -136,18 +152,26 @@ def pkt(student: Array, teacher: Array, *, epsilon: float | Array = 1e-7) -> Arr
     >>> print(pkt(x * jnp.array([[2.0], [3.0]]), x).round(6))
     0.0
     """
-    s, t = _rows(student, teacher)
+    keep, s, t = _rows(student, teacher, where)
     epsilon = jnp.asarray(epsilon, jnp.float32)
 
     def probabilities(x: Array) -> Array:
-        p = (jnp.maximum(_cosines(x), -1.0) + 1) / 2
-        return p / jnp.sum(p, axis=1, keepdims=True)
+        p = _among((jnp.maximum(_cosines(x), -1.0) + 1) / 2, keep)
+        total = jnp.sum(p, axis=1, keepdims=True)
+        return p / (total if keep is None else jnp.where(keep[:, None], total, 1.0))
 
     p_s, p_t = probabilities(s), probabilities(t)
-    return jnp.mean(p_t * (jnp.log(p_t + epsilon) - jnp.log(p_s + epsilon)))
+    return _over_tuples(p_t * (jnp.log(p_t + epsilon) - jnp.log(p_s + epsilon)), keep)
 
 
-def cckd(student: Array, teacher: Array, *, gamma: float | Array = 0.4, order: int = 2) -> Array:
+def cckd(
+    student: Array,
+    teacher: Array,
+    *,
+    gamma: float | Array = 0.4,
+    order: int = 2,
+    where: Array | None = None,
+) -> Array:
     """|K_s - K_t|_F^2 / N^2, K the Gaussian kernel of normalized features, as a Taylor series.
 
     K_ij = sum_(p <= order) exp(-2 gamma) (2 gamma)^p / p! cos(x_i, x_j)^p, which becomes
@@ -156,6 +180,8 @@ def cckd(student: Array, teacher: Array, *, gamma: float | Array = 0.4, order: i
 
     Args:
       student, teacher: [N, ...], flattened, any float dtype; the loss is float32.
+      where: [N], nonzero where an example counts; None: all. The loss is that of a batch of those
+        alone, 0 without any.
       gamma: may be traced.
       order: at least 1.
 
@@ -173,7 +199,7 @@ def cckd(student: Array, teacher: Array, *, gamma: float | Array = 0.4, order: i
     """
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}")
-    s, t = _rows(student, teacher)
+    keep, s, t = _rows(student, teacher, where)
     gamma = jnp.asarray(gamma, jnp.float32)
     weights = [
         jnp.exp(-2 * gamma) * (2 * gamma) ** p / float(math.factorial(p)) for p in range(order + 1)
@@ -186,16 +212,18 @@ def cckd(student: Array, teacher: Array, *, gamma: float | Array = 0.4, order: i
             total = total * cos + weight
         return total
 
-    return jnp.mean((kernel(s) - kernel(t)) ** 2)
+    return _over_tuples((kernel(s) - kernel(t)) ** 2, keep)
 
 
-def cckd_bilinear(student: Array, teacher: Array) -> Array:
+def cckd_bilinear(student: Array, teacher: Array, *, where: Array | None = None) -> Array:
     """|K_s - K_t|_F^2 / N^2, K = F F^T: correlation congruence with the bilinear kernel.
 
     Does not change when features are rotated, but does with their scale.
 
     Args:
       student, teacher: [N, ...], flattened, any float dtype; the loss is float32.
+      where: [N], nonzero where an example counts; None: all. The loss is that of a batch of those
+        alone, 0 without any.
 
     The teacher gets no gradient.
 
@@ -209,22 +237,45 @@ def cckd_bilinear(student: Array, teacher: Array) -> Array:
     6.25
     """
     check_same_examples(student, teacher)
-    s, t = (f.reshape(len(f), -1) for f in float32_pair(student, teacher))
-    return jnp.mean((matmul(s, s.T) - matmul(t, t.T)) ** 2)
+    keep = kept_rows(where, student.shape[:1])
+    pair = zeroed(keep, *float32_pair(student, teacher))
+    s, t = (f.reshape(len(f), -1) for f in pair)
+    return _over_tuples((matmul(s, s.T) - matmul(t, t.T)) ** 2, keep)
 
 
-def _rows(student: Array, teacher: Array, *, at_least: int = 1) -> tuple[Array, Array]:
+def _rows(
+    student: Array, teacher: Array, where: Array | None, *, at_least: int = 1
+) -> tuple[Array | None, Array, Array]:
+    # which examples count, and the scaled rows of both, zeros where they do not
     check_same_examples(student, teacher, at_least=at_least)
-    s, t = float32_pair(student, teacher)
-    return _scaled(s.reshape(len(s), -1)), _scaled(t.reshape(len(t), -1))
+    keep = kept_rows(where, student.shape[:1])
+    s, t = zeroed(keep, *float32_pair(student, teacher))
+    return keep, *(_scaled(f.reshape(len(f), -1), keep) for f in (s, t))
 
 
-def _scaled(x: Array) -> Array:
+def _among(values: Array, keep: Array | None) -> Array:
+    # values [N, N] or [N, N, N]: 0 where one of the examples does not count
+    for axis in range(values.ndim if keep is not None else 0):
+        values = jnp.where(
+            jnp.expand_dims(keep, [a for a in range(values.ndim) if a != axis]), values, 0.0
+        )
+    return values
+
+
+def _over_tuples(values: Array, keep: Array | None) -> Array:
+    # the mean over pairs or triples of examples that count
+    if keep is None:
+        return jnp.mean(values)
+    return jnp.sum(_among(values, keep)) / count_of(keep, len(values)) ** values.ndim
+
+
+def _scaled(x: Array, keep: Array | None = None) -> Array:
     # Rows of a length around 1. The scale has no gradient and needs none: what follows does not
     # change with it. The largest value goes first, for squares that would overflow or vanish.
     known = jax.lax.stop_gradient(x)
     largest = jnp.maximum(jnp.max(jnp.abs(known)), 1e-20)
-    mean_square = jnp.mean(jnp.sum((known / largest) ** 2, axis=1))
+    squares = jnp.sum((known / largest) ** 2, axis=1)
+    mean_square = jnp.sum(squares) / count_of(keep, len(x))
     return x / (largest * jnp.sqrt(jnp.where(mean_square > 0, mean_square, 1.0)))
 
 

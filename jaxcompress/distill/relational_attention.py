@@ -8,9 +8,9 @@ from jaxcompress.distill.features_arrays import (
     masked_mean,
     matmul,
     over_examples,
-    token_mask,
 )
 from jaxcompress.distill.logits import kd
+from jaxcompress.distill.masks import kept_rows
 
 _MASKED = -1e30  # as a score: e^_MASKED is 0, and differences stay finite
 
@@ -19,7 +19,7 @@ def minilm_relation(
     student: Array | tuple[Array, Array],
     teacher: Array | tuple[Array, Array],
     *,
-    mask: Array | None = None,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> Array:
     """mean KL(R_t || R_s) over heads and tokens, R = softmax(X Y^T / sqrt(d)) of a head.
@@ -31,7 +31,7 @@ def minilm_relation(
     Args:
       student, teacher: X = Y, [B, heads, T, d], or a pair X, Y (queries, keys); any float dtype,
         the loss is float32.
-      mask: [B, T], nonzero where a token counts. Padding is not attended to, has no influence and
+      where: [B, T], nonzero where a token counts. Padding is not attended to, has no influence and
         gets no gradient, whatever it holds.
       per_example: give [B], each the mean over its own tokens. With a mask their mean is not the
         scalar, which weighs all tokens alike.
@@ -39,7 +39,7 @@ def minilm_relation(
     The teacher gets no gradient. 0 where no token is left.
 
     Raises:
-      ValueError: shapes that do not fit, a mask that is not [B, T].
+      ValueError: shapes that do not fit, a `where` that is not [B, T].
 
     Source: Wang et al. 2020, MiniLM, arXiv 2002.10957, section 3; MiniLMv2, arXiv 2012.15828,
     section 3.
@@ -55,7 +55,7 @@ def minilm_relation(
             f"{student[0].shape} and {teacher[0].shape}; reshape one to the heads of the other"
         )
     batch, _, tokens, _ = student[0].shape
-    keep = None if mask is None else token_mask(mask, batch, tokens)
+    keep = kept_rows(where, (batch, tokens))
     (x_s, x_t), (y_s, y_t) = (float32_pair(s, t) for s, t in zip(student, teacher, strict=True))
     # KL of every row, [B, heads, T]
     loss = kd(_scores(x_s, y_s, keep), _scores(x_t, y_t, keep), temperature=1.0, per_example=True)

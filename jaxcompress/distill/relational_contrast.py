@@ -8,6 +8,7 @@ from jax import Array
 
 from jaxcompress.distill.features_arrays import check_same_examples, over_examples, unit
 from jaxcompress.distill.features_projectors import linear_projector
+from jaxcompress.distill.masks import count_of, kept_rows, zeroed
 
 _FLOOR = 1e-4  # lengths of embeddings count as no less
 
@@ -101,6 +102,7 @@ def crd(
     *,
     temperature: float | Array = 0.07,
     momentum: float | Array = 0.5,
+    where: Array | None = None,
     per_example: bool = False,
 ) -> tuple[Array, CRDMemory]:
     """(loss, memory): tells an example's embedding by the other network from those of others.
@@ -118,6 +120,8 @@ def crd(
       projections, memory: from `crd_init`; Optax trains the projections, also the teacher's.
       temperature: above 0, may be traced.
       momentum: in [0, 1], may be traced.
+      where: [B], nonzero where an example counts; None: all. Others have no influence, no gradient
+        and keep their memories; the mean is over those that count, 0 if none does.
       per_example: give [B] instead of the mean.
 
     The teacher's features get no gradient, nor do the memories. An index outside of the training
@@ -138,22 +142,24 @@ def crd(
         )
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    e_s = _embed(projections.student, student)
-    e_t = _embed(projections.teacher, jax.lax.stop_gradient(teacher))
+    keep = kept_rows(where, indices.shape)
+    student, teacher = zeroed(keep, student, jax.lax.stop_gradient(teacher))
+    e_s, e_t = _embed(projections.student, student), _embed(projections.teacher, teacher)
     known = jax.tree.map(jax.lax.stop_gradient, memory)
     rows = jnp.concatenate([indices[:, None], negatives.astype(indices.dtype)], axis=1)
     n = len(known.student)
     t = jnp.asarray(temperature, jnp.float32)
-    loss_s, log_z_s = _contrast(known.teacher[rows], e_s, t, n, known.log_z_student, known.ready)
-    loss_t, log_z_t = _contrast(known.student[rows], e_t, t, n, known.log_z_teacher, known.ready)
+    log_z = known.log_z_student, known.log_z_teacher
+    loss_s, log_z_s = _contrast(known.teacher[rows], e_s, t, n, log_z[0], known.ready, keep)
+    loss_t, log_z_t = _contrast(known.student[rows], e_t, t, n, log_z[1], known.ready, keep)
     memory = CRDMemory(
-        _moved(known.student, indices, e_s, momentum),
-        _moved(known.teacher, indices, e_t, momentum),
+        _moved(known.student, indices, e_s, momentum, keep),
+        _moved(known.teacher, indices, e_t, momentum, keep),
         log_z_s,
         log_z_t,
-        jnp.ones((), bool),
+        jnp.ones((), bool) if keep is None else known.ready | jnp.any(keep),
     )
-    return over_examples((loss_s + loss_t)[:, None], per_example), memory
+    return over_examples((loss_s + loss_t)[:, None], per_example, keep), memory
 
 
 def _flat(features: Any) -> jax.ShapeDtypeStruct:
@@ -169,13 +175,23 @@ def _embed(params: Any, features: Array) -> Array:
 
 
 def _contrast(
-    remembered: Array, e: Array, temperature: Array, n: int, log_z: Array, ready: Array
+    remembered: Array,
+    e: Array,
+    temperature: Array,
+    n: int,
+    log_z: Array,
+    ready: Array,
+    keep: Array | None,
 ) -> tuple[Array, Array]:
     # remembered [B, 1 + K, width], e [B, width] -> the loss [B] and log Z
     high = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("bkd,bd->bk", remembered, e, precision=high) / temperature
-    first = jax.nn.logsumexp(jax.lax.stop_gradient(scores)) - jnp.log(scores.size / n)
-    log_z = jnp.where(ready, log_z, first)
+    seen = jax.lax.stop_gradient(scores)
+    seen = seen if keep is None else jnp.where(keep[:, None], seen, -jnp.inf)
+    size = count_of(keep, len(scores)) * scores.shape[1]
+    first = jax.nn.logsumexp(seen) - jnp.log(size / n)
+    known = ready if keep is None else ready | ~jnp.any(keep)
+    log_z = jnp.where(known, log_z, first)
     log_o = scores - log_z
     noise = (scores.shape[1] - 1) / n
     # log(o / (o + c)) = log sigmoid(log o - log c), which neither overflows nor vanishes
@@ -185,7 +201,11 @@ def _contrast(
     return -positive - jnp.sum(negative, axis=1), log_z
 
 
-def _moved(memory: Array, indices: Array, e: Array, momentum: float | Array) -> Array:
+def _moved(
+    memory: Array, indices: Array, e: Array, momentum: float | Array, keep: Array | None
+) -> Array:
     m = jnp.asarray(momentum, jnp.float32)
     e = jax.lax.stop_gradient(e)
-    return memory.at[indices].set(unit(m * memory[indices] + (1 - m) * e, _FLOOR))
+    new = unit(m * memory[indices] + (1 - m) * e, _FLOOR)
+    new = new if keep is None else jnp.where(keep[:, None], new, memory[indices])
+    return memory.at[indices].set(new)

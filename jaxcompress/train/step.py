@@ -14,38 +14,64 @@ from jaxcompress.core.compressor import Compressor, CompressState, identity, is_
 from jaxcompress.core.meshes import on_any_mesh, shardings_at_rest
 from jaxcompress.core.numbers import Number, number_at
 from jaxcompress.distill.logits import kd
+from jaxcompress.distill.masks import kept_rows, poisoned, reduced, zeroed
 from jaxcompress.prune.state import masks as find_masks
 from jaxcompress.quantize.activations import ActivationQuantizer
 from jaxcompress.train.state import TrainState
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of [B, classes] logits with [B] integer labels, in float32.
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    ignore_label: int | None = None,
+) -> jax.Array:
+    """Mean cross-entropy of [..., classes] logits with [...] integer labels, in float32.
 
-    Labels may be float [B, classes] probabilities, as `augment.mixup` makes them.
+    Args:
+      logits: [..., classes].
+      labels: integers [...]; or float [..., classes] probabilities, as `augment.mixup` makes them.
+        The loss is NaN where an integer is none of the classes.
+      where: [...], nonzero where an example counts; None: everywhere.
+      ignore_label: integer labels of this value do not count; -100 is the usual mark.
+
+    >>> z = jnp.array([[0.0, 0.0], [9.0, 0.0]])
+    >>> print(cross_entropy(z, jnp.array([1, -100]), ignore_label=-100).round(4))
+    0.6931
     """
-    logits = logits.astype(jnp.float32)
+    logits, rows = logits.astype(jnp.float32), logits.shape[:-1]
+    keep = kept_rows(where, rows, labels=labels, ignore_label=ignore_label)
+    logits, labels = zeroed(keep, logits, labels)
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        return jnp.mean(optax.softmax_cross_entropy(logits, labels.astype(jnp.float32)))
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        losses = optax.softmax_cross_entropy(logits, labels.astype(jnp.float32))
+        return reduced(losses, False, keep)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return reduced(poisoned(losses, labels, logits.shape[-1]), False, keep)
 
 
 def hinton_loss(
-    *, temperature: Number = 4.0, kd_weight: Number = 0.9, ce_weight: Number = 0.1
+    *,
+    temperature: Number = 4.0,
+    kd_weight: Number = 0.9,
+    ce_weight: Number = 0.1,
+    ignore_label: int | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """ce_weight * cross-entropy + kd_weight * KD, for `make_step`; numbers may be schedules.
 
-    Returns a loss (outputs, labels, teacher_outputs, step) -> (scalar, metrics). Without a
-    teacher (outputs None) only the cross-entropy counts, with weight 1.
+    Returns a loss (outputs, labels, teacher_outputs, step, *, where=None) -> (scalar, metrics).
+    Without a teacher (outputs None) only the cross-entropy counts, with weight 1. Neither term
+    counts what `where` leaves out, nor what has the label `ignore_label`.
 
     Source: Hinton et al. 2015, arXiv 1503.02531; weights as in its usual CIFAR recipes.
     """
 
-    def loss(outputs, labels, teacher_outputs, step):
-        ce = cross_entropy(outputs, labels)
+    def loss(outputs, labels, teacher_outputs, step, *, where=None):
+        keep = kept_rows(where, outputs.shape[:-1], labels=labels, ignore_label=ignore_label)
+        ce = cross_entropy(outputs, labels, where=keep)
         if teacher_outputs is None:
             return ce, {"cross_entropy": ce}
-        soft = kd(outputs, teacher_outputs, temperature=number_at(temperature, step))
+        soft = kd(outputs, teacher_outputs, temperature=number_at(temperature, step), where=keep)
         total = number_at(ce_weight, step) * ce + number_at(kd_weight, step) * soft
         return total, {"cross_entropy": ce, "kd": soft}
 
