@@ -1,7 +1,8 @@
 """Networks that run in integers alone: codes in, int8 products into int32, codes out."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,14 +14,16 @@ from jaxcompress.core.packed import Grid, unpack
 from jaxcompress.formats import Format, integer
 from jaxcompress.formats.bits import signed
 from jaxcompress.formats.integer import Integer
+from jaxcompress.graph import trace
 from jaxcompress.quantize import integer_rules, integer_views
 from jaxcompress.quantize.calibrate import Calibrator, min_max
 from jaxcompress.quantize.integer_check import assert_integer_only, float_operations
 from jaxcompress.quantize.integer_constants import Node, build
+from jaxcompress.quantize.integer_grids import check_grids
 from jaxcompress.quantize.integer_lower import Plan, lower
 from jaxcompress.quantize.integer_run import run_node
 from jaxcompress.quantize.integer_simulate import rounded_once, simulate_node
-from jaxcompress.quantize.integer_trace import Flat, flatten, grids
+from jaxcompress.quantize.integer_trace import Flat, calibrated_grids, flatten
 from jaxcompress.quantize.requantize import rounded_product
 
 __all__ = [
@@ -151,6 +154,7 @@ def integer_only(
     weights: Integer = _INT8,
     activations: Integer = _UINT8,
     calibrate: Calibrator | None = None,
+    grids: Mapping[str, Grid] | None = None,
 ) -> IntegerProgram:
     """A network whose every operation between quantized input and result is one of integers.
 
@@ -167,16 +171,23 @@ def integer_only(
 
     Args:
       apply_fn: pure, (params, x) -> one array; Linen, NNX, Equinox or plain, in inference mode.
-      params: pytree of arrays; packed leaves are unpacked.
+      params: pytree of arrays and packed leaves. Those on symmetric integers keep their codes and
+        steps (one for the tensor or for each output channel), whatever `weights` says: what QAT
+        has learned runs. Other packed weights are quantized again, and a warning names them.
       batches: float inputs, all of one shape, each x or (x,): the ranges are calibrated on them.
       weights: e.g. `formats.integer(8)`; symmetric, at most 8 bits.
       activations: e.g. `formats.integer(8, symmetric=False)`: uint8, as ONNX Runtime likes it.
       calibrate: how ranges are found, default `min_max()`.
+      grids: {name of a contraction: grid of what enters it}, as `quantizer.grids(state)` of trained
+        activations gives: they are kept, and codes there are those of the fake quantization, but
+        for ties. Everything else, results of additions and of the network say, gets a grid from
+        `batches`.
 
     Raises:
       TypeError: a format that is no `formats.integer`; inputs that are not floating point.
-      ValueError: an operation that integers cannot do, with its name and scope; no batch, batches
-        of several shapes, an empty input; NaN or Inf; an accumulator that int32 does not hold.
+      ValueError: an operation that integers cannot do, with its name and scope; packed steps that
+        differ along what is summed; a grid of no contraction; no batch, batches of several shapes,
+        an empty input; NaN or Inf; an accumulator that int32 does not hold.
 
     Source: Jacob et al. 2018, arXiv 1712.05877.
 
@@ -189,16 +200,27 @@ def integer_only(
      [1.12 0.  ]]
     """
     _check_formats(weights, activations)
-    params = unpack(params)
     inputs = _inputs(batches)
     first = next(inputs, None)
     if first is None:
         raise ValueError("batches is empty: calibration needs at least one batch of inputs")
-    flat = flatten(apply_fn, params, first)
+    given: dict[str, Grid] = {}
+    if grids:
+        names = [tap.name for tap in trace(apply_fn, unpack(params), first).taps]
+        given = check_grids(grids, names, symmetric=activations.symmetric)
+    flat = flatten(apply_fn, params, first, given)
     plan = lower(flat, integer_rules.RULES | integer_views.RULES)
+    if plan.requantized:
+        warnings.warn(
+            f"integer_only quantizes packed weights again, to {weights.name}: "
+            f"{', '.join(plan.requantized)}; it keeps symmetric integers that reach their "
+            "contraction by views alone",
+            stacklevel=2,
+        )
     rest = _of_one_shape(first, inputs)
-    found = grids(
-        flat, rest, _names(flat, plan), format=activations, calibrate=calibrate or min_max()
+    named = {n: name for n, name in _names(flat, plan).items() if n not in flat.fixed}
+    found = dict(flat.fixed) | calibrated_grids(
+        flat, rest, named, format=activations, calibrate=calibrate or min_max()
     )
     built = build(plan, found, found[flat.input], weights=weights)
     return IntegerProgram(

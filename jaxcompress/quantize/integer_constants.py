@@ -146,13 +146,18 @@ def _contraction(draft: Draft, x: _Place, target: _Place, format: Integer) -> di
     inward = [(to, axis) for axis, to in draft.channels]
     factor, offset = (a if a.ndim else a.reshape((1,) * rank) for a in (draft.factor, draft.offset))
     if all(n == 1 or axis in dict(inward) for axis, n in enumerate(factor.shape)):
-        weight = weight * _along(factor, inward, weight.ndim)  # signs and zeros go into the codes
-        factor = np.ones((1,) * rank)
+        # Signs and zeros go into the codes; the size too, unless the weights have their steps.
+        joined = factor if draft.steps is None else np.sign(factor)
+        weight = weight * _along(joined, inward, weight.ndim)
+        factor = np.ones((1,) * rank) if draft.steps is None else _size(factor)
     others = tuple(a for a in range(weight.ndim) if a not in dict(draft.channels))
     peak = np.abs(offset).max(tuple(a for a in range(rank) if a not in dict(inward)), keepdims=True)
     # A channel of next to no weights gets a larger scale where its bias would leave int32.
     least = _along(peak, inward, weight.ndim) / (_ROOM * x.scale)
-    codes, scale = _weight_codes(weight, format, least, others)
+    if draft.steps is None:
+        codes, scale = _weight_codes(weight, format, least, others)
+    else:
+        codes, scale = _own_codes(draft, weight, least, others)
     acc_scale = x.scale * _along(scale, list(draft.channels), rank) * factor
     bias = np.rint(offset / _nonzero(draft, acc_scale))
     sums = np.abs(codes).sum(others, keepdims=True, dtype=np.int64)
@@ -188,6 +193,28 @@ def _weight_codes(
     scale = np.where(least > np.asarray(found, np.float64), raised, np.asarray(found))
     codes = format.encode(w, QParams(jnp.asarray(scale)), where=where)
     return np.asarray(signed(codes, format.bits)), scale.astype(np.float64)
+
+
+def _size(factor: np.ndarray) -> np.ndarray:
+    return np.where(factor == 0, 1.0, np.abs(factor))
+
+
+def _own_codes(
+    draft: Draft, weight: np.ndarray, least: np.ndarray, others: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    # As `_weight_codes`, with the steps of the weights themselves.
+    assert draft.steps is not None
+    steps = draft.steps.astype(np.float64)
+    scale = steps.max(others, keepdims=True)
+    if (steps != scale).any():
+        raise ValueError(
+            f"integer_only cannot run {draft.kind} at {draft.scope!r} with the codes of its packed "
+            "weight: the steps differ along axes that are summed over; pack it with one step for "
+            "the tensor or for each output channel, or give the unpacked params"
+        )
+    codes = np.rint(weight / scale).astype(np.int32)
+    silent = ~codes.any(others, keepdims=True)  # a channel of zeros has them on any grid
+    return codes, np.where(silent, np.maximum(scale, least), scale)
 
 
 def _core(draft: Draft, sources: list[_Place], target: _Place) -> tuple[Any, dict[str, Any]]:

@@ -7,7 +7,7 @@ maxima and clamps of a tensor that is read elsewhere too keep the grid of what t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ class Draft:
       scope: where its first equation stands.
       value: number of the value whose range sets the grid; None: the grid of the first input.
       weight: float64 weights of a contraction; of a convolution [*space, in, out].
+      steps: of the weights' elements, where a packed leaf has them; of the weights' shape.
       channels: (axis of the weight, axis of the result) pairs; scales run along them.
       factor, offset: float64, broadcast against the result.
       clamp: smallest and largest result, None without.
@@ -41,6 +42,7 @@ class Draft:
     scope: str
     value: int | None = None
     weight: np.ndarray | None = None
+    steps: np.ndarray | None = None
     channels: tuple[tuple[int, int], ...] = ()
     factor: np.ndarray = field(default_factory=lambda: np.ones(()))
     offset: np.ndarray = field(default_factory=lambda: np.zeros(()))
@@ -49,11 +51,13 @@ class Draft:
 
 
 class Plan(NamedTuple):
-    """The steps of a program, the tensor that is its result, and whether other batch sizes do."""
+    """The steps of a program, the tensor that is its result, whether other batch sizes do, and the
+    packed leaves whose grids are found anew."""
 
     drafts: tuple[Draft, ...]
     output: int
     batched: bool
+    requantized: tuple[str, ...]
 
 
 def lower(flat: Flat, rules: Mapping[str, Callable[..., None]]) -> Plan:
@@ -69,7 +73,7 @@ def lower(flat: Flat, rules: Mapping[str, Callable[..., None]]) -> Plan:
             raise refusal(equation, "it has no integer form here")
         rule(lowerer, equation)
     output = lowerer.tensor(flat.output)
-    return Plan(tuple(lowerer.drafts), output, lowerer.batched)
+    return Plan(tuple(lowerer.drafts), output, lowerer.batched, tuple(lowerer.requantized))
 
 
 def refusal(equation: Equation, why: str) -> ValueError:
@@ -85,6 +89,8 @@ class Lowerer:
         self.flat = flat
         self.tensors = {flat.input: 0}
         self.pending: dict[int, Draft] = {}
+        self.settled: dict[int, Draft] = {}
+        self.requantized: dict[str, None] = {}  # packed leaves whose grids no step could keep
         self.drafts: list[Draft] = []
         self.batched = True
 
@@ -121,7 +127,35 @@ class Lowerer:
         if self.flat.uses.get(number, 0) == 1:
             self.pending[number] = draft
         else:
+            self.settled[number] = draft
             self.tensors[number] = self.finish(draft)
+
+    def place(self, e: Equation) -> None:
+        """A tensor on the grid that is given for what an equation gives, numbers as they are."""
+        source, result = e.operands[0], e.outputs[0]
+        if self._is_on(self.tensor(source), self.flat.fixed[result]):
+            self.tensors[result] = self.tensor(source)
+            return
+        if source in self.settled:  # again from its accumulator: rounded once
+            draft = replace(self.settled[source])
+        else:
+            draft = Draft("rescale", (self.tensor(source),), (), e.scope)
+        draft.value = result
+        self.tensors[result] = self.finish(draft)
+
+    def _is_on(self, tensor: int, grid: Any) -> bool:
+        # whether the step that a tensor has its grid from has this one
+        while tensor and self.drafts[tensor - 1].value is None:
+            tensor = self.drafts[tensor - 1].inputs[0]
+        value = self.drafts[tensor - 1].value if tensor else self.flat.input
+        return self.flat.fixed.get(value) is grid  # type: ignore[arg-type]
+
+    def steps(self, number: int) -> np.ndarray | None:
+        """The steps of a packed weight; without them its leaves will be told."""
+        steps = self.flat.steps.get(number)
+        if steps is None:
+            self.requantized.update(dict.fromkeys(sorted(self.flat.behind.get(number, ()))))
+        return steps
 
     def move(self, e: Equation, kind: str, *, batched: bool, fill: float | None = None, **config):
         """A step that keeps the grid of its input."""

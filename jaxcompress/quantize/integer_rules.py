@@ -131,6 +131,8 @@ def _conv(low: Lowerer, e: Equation) -> None:
     }
     kernel = np.asarray(kernel, np.float64).transpose(*space, into, out)
     draft = Draft("conv", (low.tensor(x),), tuple(config.items()), e.scope, weight=kernel)
+    steps = low.steps(w)
+    draft.steps = None if steps is None else steps.transpose(*space, into, out)
     draft.channels = ((kernel.ndim - 1, numbers.out_spec[1]),)
     batched = numbers.lhs_spec[0] == numbers.out_spec[0] == 0
     low.settle(draft, e.outputs[0], batched=batched)
@@ -156,7 +158,7 @@ def _dot(low: Lowerer, e: Equation) -> None:
     rank = len(low.shape(e.outputs[0]))
     config = (("dimension_numbers", numbers), ("side", side), ("rank", rank))
     draft = Draft("dot", (low.tensor(e.operands[1 - side]),), config, e.scope, weight=weight)
-    draft.channels = tuple(channels)
+    draft.channels, draft.steps = tuple(channels), low.steps(e.operands[side])
     leads = side == 1 and not batch[0] and free[0][:1] == [0]
     low.settle(draft, e.outputs[0], batched=leads)
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcompress.core.packed import Grid
+from jaxcompress.core.packed import Grid, unpack
 from jaxcompress.formats import Format, Granularity
 from jaxcompress.graph import compat
 from jaxcompress.graph.equations import Equation, Flattener, needed
 from jaxcompress.graph.trace import trace_program
 from jaxcompress.quantize.calibrate import Calibrator, refuse_non_finite
+from jaxcompress.quantize.integer_grids import Steps, fixed_grids, named
 
 _TENSOR = Granularity()
 
@@ -26,6 +27,9 @@ class Flat(NamedTuple):
         as they are, on the host.
       input, output: numbers of the values.
       uses: how often each value is read, by equations that the input reaches or as the result.
+      fixed: grids of values by number, where they are given.
+      steps: of known values that are views of a packed leaf, the step of every element.
+      behind: paths of the packed leaves that a known value is made of.
     """
 
     equations: tuple[Equation, ...]
@@ -34,15 +38,25 @@ class Flat(NamedTuple):
     input: int
     output: int
     uses: Mapping[int, int]
+    fixed: Mapping[int, Grid]
+    steps: Mapping[int, np.ndarray]
+    behind: Mapping[int, frozenset[str]]
 
 
-def flatten(fn: Callable[..., Any], params: Any, x: Any) -> Flat:
+def flatten(fn: Callable[..., Any], packed: Any, x: Any, given: Mapping[str, Grid]) -> Flat:
     """Traces `fn(params, x)`, inlines its calls and computes all that does not depend on x.
+
+    Args:
+      fn: (params, x) -> one array.
+      packed: the params, some leaves packed.
+      x: the input.
+      given: grids of what enters contractions, by name.
 
     Raises:
       ValueError: the result is not one array; it does not depend on x.
     """
-    program = trace_program(fn, params, x, dead_code=False)
+    params = unpack(packed)
+    program = trace_program(named(fn, given), params, x, dead_code=False)
     if len(program.closed.jaxpr.outvars) != 1:
         raise ValueError(
             f"apply_fn must return one array, got {len(program.closed.jaxpr.outvars)}: "
@@ -52,15 +66,19 @@ def flatten(fn: Callable[..., Any], params: Any, x: Any) -> Flat:
     arguments = [flattener.value(v.aval) for v in program.closed.jaxpr.invars]
     flattener.known.update(zip(arguments, jax.tree.leaves(params), strict=False))
     (output,) = flattener.run(compat.body(program.closed), arguments, "")
+    own = Steps(arguments[:-1], packed)
+    own.follow(flattener.equations)
     live = flattener.split()
     if output in flattener.known:
         raise ValueError("apply_fn(params, x) does not depend on x: there is nothing to run")
     live, uses = needed(live, [output])
     known = {n: np.asarray(value) for n, value in flattener.known.items() if n in uses}
-    return Flat(live, flattener.avals, known, arguments[-1], output, uses)
+    fixed = fixed_grids(live, uses, given)
+    values = flattener.avals, known, arguments[-1], output, uses
+    return Flat(live, *values, fixed, own.steps, own.behind)
 
 
-def grids(
+def calibrated_grids(
     flat: Flat,
     batches: Iterable[Any],
     numbers: dict[int, str],

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.graph import compat
+from jaxcompress.quantize.integer_grids import grid_name
 from jaxcompress.quantize.integer_lower import Draft, Lowerer, refusal, scalar
 from jaxcompress.quantize.integer_rules import Rule, registers, window
 from jaxcompress.quantize.integer_trace import Equation
@@ -159,4 +160,6 @@ def _same(low: Lowerer, e: Equation) -> None:
     if x in low.pending:
         draft = low.pending.pop(x)
         return low.settle(draft, out)
+    if grid_name(e) is not None:
+        return low.place(e)
     low.tensors[out] = low.tensors[x]
