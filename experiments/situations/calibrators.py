@@ -34,7 +34,7 @@ CALIBRATORS = {
     "octav": quantize.octav(),
     "kl": quantize.kl(),
 }
-TAILS = ("one-sided", "other side", "outlier")
+TAILS = ("one-sided", "other side", "outlier", "sparse")
 
 # (format, blocks [n, k]) -> (what the blocks become, their steps [k])
 Method = Callable[[Integer, jax.Array], tuple[jax.Array, jax.Array]]

@@ -159,14 +159,15 @@ def mean_teacher(step: Callable[..., Any]) -> Callable[..., Any]:
                 "mean_teacher: the state has no moving average; create(..., with_ema=True) and "
                 "make_step(..., ema_decay=0.999)"
             )
-        return step(state, _copied(state.ema), batch)
+        return step(state, _as_params(state.ema, state.params), batch)
 
     return averaged
 
 
 @jax.jit
-def _copied(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
+def _as_params(average: Any, params: Any) -> Any:
+    # a copy, in the dtypes that the network has its params in
+    return jax.tree.map(lambda mean, p: jnp.array(mean, p.dtype), average, params)
 
 
 def born_again(train: Callable[[int, Any], Any], *, generations: int) -> tuple[Any, ...]:

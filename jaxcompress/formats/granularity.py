@@ -5,6 +5,7 @@ import operator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -19,7 +20,8 @@ class Granularity:
         them. The last group of a channel may be shorter (ragged); statistics leave its padding out.
       block: sizes of a tile of the last axes, instead of `axis` and `group`: (128, 128) gives one
         scale per tile of that size. Axes before them have a scale per index; tiles at the end of
-        an axis may be smaller. An array with fewer axes takes the last sizes.
+        an axis may be smaller. A vector takes the last size; other arrays need as
+        many axes as the block has.
 
     The blocked view of an array is the array itself without groups and blocks,
     [lead..., groups, group, trail...] with groups, and [lead..., tiles, size, tiles, size, ...]
@@ -36,6 +38,8 @@ class Granularity:
     block: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        if len(set(self.axis)) < len(self.axis):
+            raise ValueError(f"axis names an axis twice: {self.axis}")
         sizes = [("group", self.group)] if self.group is not None else []
         if self.block is not None:
             if self.axis or self.group is not None:
@@ -54,7 +58,13 @@ class Granularity:
 
     def _tiles(self, shape: tuple[int, ...]):
         # (leading axes, [(tiles, size) of each tiled axis])
-        block = (self.block or ())[-len(shape) :] if shape else ()
+        block = self.block or ()
+        block = () if not shape else block[-1:] if len(shape) == 1 else block
+        if len(block) > len(shape):
+            raise ValueError(
+                f"block {block} has {len(block)} axes, an array of shape {shape} fewer: give sizes "
+                "of its last axes alone"
+            )
         lead = shape[: len(shape) - len(block)]
         return lead, [(-(-n // b), b) for n, b in zip(shape[len(lead) :], block, strict=True)]
 
@@ -66,7 +76,10 @@ class Granularity:
         bad = [a for a in self.axis if not -rank <= a < rank]
         if bad:
             raise ValueError(f"axis {bad[0]} is out of range for shape {shape}")
-        return tuple(sorted({a % rank for a in self.axis}))
+        found = tuple(sorted({a % rank for a in self.axis}))
+        if len(found) < len(self.axis):
+            raise ValueError(f"axis names an axis of shape {shape} twice: {self.axis}")
+        return found
 
     def _plan(self, shape: tuple[int, ...]):
         # (permutation or None, lead sizes, elements per channel, trail sizes)
@@ -208,6 +221,8 @@ def granularity(
 def _integers(name: str, values: int | tuple[int, ...]) -> tuple[int, ...]:
     try:
         several = tuple(values) if isinstance(values, tuple | list) else (values,)
+        if any(isinstance(value, bool | np.bool_) for value in several):
+            raise TypeError("a bool is no axis")
         return tuple(operator.index(value) for value in several)
     except TypeError as error:
         raise TypeError(f"{name} must be None, an integer or several, got {values!r}") from error

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -72,7 +73,9 @@ class Table:
         `half_away` sends ties away from zero; `stochastic` takes the next level up with a
         probability that makes the mean right.
         """
-        middle = 0.5 * self.levels[:, :-1] + 0.5 * self.levels[:, 1:]
+        # The barrier keeps XLA from halving the sum instead, which may overflow.
+        half = jax.lax.optimization_barrier(0.5 * self.levels)
+        middle = half[:, :-1] + half[:, 1:]
         if rounding is half_even:
             up = jnp.broadcast_to(jnp.arange(self.count - 1) % 2 == 1, middle.shape)
             return self._above(x, jnp.where(up, _just_below(middle), middle))

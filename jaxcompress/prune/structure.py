@@ -189,7 +189,9 @@ def head(heads: int, *, axis: int = -1) -> Head:
 
 
 def check_axis(name: str, axis: int, shape: tuple[int, ...]) -> None:
-    """Raises ValueError if an array of this shape has no such axis."""
+    """Raises TypeError for what is no integer, ValueError if the array has no such axis."""
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"{name}: axis must be an integer, got {axis!r}")
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"{name}: axis {axis} is none of an array of shape {shape}")
 

@@ -48,8 +48,11 @@ class Budget:
         for name, limit in self.limits.items():
             if isinstance(limit, bool) or not isinstance(limit, int | float | np.number):
                 raise ValueError(f"Budget({name}) must be a number, got {limit!r}")
-            if not limit >= 0:
-                raise ValueError(f"Budget({name}) must be at least 0, got {limit}")
+            if not 0 <= limit < math.inf:
+                raise ValueError(
+                    f"Budget({name}) must be finite and at least 0, got {limit}; leave a limit out "
+                    "that does not count"
+                )
 
     @property
     def limits(self) -> dict[str, float]:

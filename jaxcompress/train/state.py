@@ -63,7 +63,8 @@ class TrainState:
       model_state: what the forward pass changes (BatchNorm statistics).
       activations: state of the activation quantizer: range statistics, or a `CompressState`.
       distill: `CompressState` of a stateful loss: what it learns (projectors), and its memories.
-      ema: moving average of the params.
+      ema: moving average of the params, in float32 at least: in fewer bits the small steps of an
+        average are rounded away, and it stops half-way.
     """
 
     step: jax.Array
@@ -134,6 +135,11 @@ def create(
         model_state=jax.tree.map(jnp.array, model_state),
         activations=jax.tree.map(jnp.array, activations),
         distill=jax.tree.map(jnp.array, distill),
-        ema=jax.tree.map(jnp.array, params) if with_ema else (),
+        ema=jax.tree.map(_wide, params) if with_ema else (),
     )
     return state.replace(opt=tx.init(state.trainable))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    # a copy in float32, or in what is wider
+    return jnp.array(x, x.dtype if x.dtype.itemsize >= 4 else jnp.float32)

@@ -138,7 +138,8 @@ def make_step(
       activations: built on `forward` itself, or on (params, inputs) -> outputs of the same
         network; it then replaces `forward`, and in the second case model state does not change.
         What it learns (steps, clips) is trained beside the params.
-      ema_decay: decay of `state.ema` (create it with `with_ema=True`).
+      ema_decay: decay of `state.ema` (create it with `with_ema=True`), in [0, 1); the average is
+        float32 also where params are bfloat16 or float16.
       recipe_sees: "params": the recipe's `update` comes first, as said, without gradients.
         "gradients": it comes after the loss and before the optimizer, with the gradients by the
         params (dense where a mask is straight through): for methods that look at them, such as
@@ -146,8 +147,11 @@ def make_step(
         scales say, is then one optimizer step older than the params.
 
     Raises:
-      ValueError: `recipe_sees` is neither; (at the first step) a state that does not fit.
+      ValueError: `recipe_sees` is neither, `ema_decay` outside [0, 1); (at the first step) a state
+        that does not fit.
     """
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be at least 0 and below 1, got {ema_decay}")
     if recipe_sees not in ("params", "gradients"):
         raise ValueError(f'recipe_sees must be "params" or "gradients", got {recipe_sees!r}')
     recipe = recipe or identity()
@@ -197,7 +201,8 @@ def make_step(
         new: Any = optax.apply_updates(trainable, updates)
         state = state.replace(step=state.step + 1, opt=opt, **changed).with_trainable(new)
         if ema_decay is not None:
-            ema = optax.incremental_update(state.params, state.ema, 1.0 - ema_decay)
+            params = jax.tree.map(lambda p, mean: p.astype(mean.dtype), state.params, state.ema)
+            ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
             state = state.replace(ema=ema)
         return state, {"loss": value, **metrics}
 
