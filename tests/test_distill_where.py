@@ -115,7 +115,7 @@ def test_crd_leaves_the_memories_of_what_does_not_count():
     projections, memory = distill.crd_init(jax.random.key(0), *MAPS, examples=8, width=4)
     indices, negatives = jnp.arange(N), jnp.tile(jnp.arange(5, 8), (N, 1))
     run = lambda arrays, rows, **how: distill.crd(
-        *arrays, indices[rows], negatives[rows], projections, memory, **how
+        arrays[0], arrays[1], indices[rows], negatives[rows], projections, memory, **how
     )
     got, new = run(spoiled(MAPS), slice(None), where=jnp.asarray(KEEP))
     want, alone = run([x[KEEP] for x in MAPS], KEEP)

@@ -13,7 +13,12 @@ from jaxcompress.formats.bits import signed
 from jaxcompress.quantize import differing_codes, integer_only
 
 RNG = np.random.default_rng(0)
-CONV = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def conv(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def f32(*shape):
@@ -21,8 +26,8 @@ def f32(*shape):
 
 
 def network(p, x):
-    x = jax.nn.relu(jax.lax.conv_general_dilated(x, p["a"], **CONV) + p["bias"])
-    h = jax.lax.conv_general_dilated(x, p["b"], **CONV)
+    x = jax.nn.relu(conv(x, p["a"]) + p["bias"])
+    h = conv(x, p["b"])
     x = jax.nn.relu(h * p["gain"] + x)  # x is read twice, on two grids
     x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     return x.reshape(x.shape[0], -1) @ p["c"]
@@ -112,7 +117,7 @@ def test_what_cannot_be_kept_is_said(trained):
     with pytest.raises(ValueError, match="'a' is on uint6, but activations= is symmetric"):
         integer_only(network, packed, [x], grids=grids, activations=integer(8))
     with pytest.raises(TypeError, match="'a' must be a Grid of formats.integer.*got float"):
-        integer_only(network, packed, [x], grids={"a": 0.5})
+        integer_only(network, packed, [x], grids={"a": 0.5})  # type: ignore
     fn, w = lambda p, x: x @ p["w"], {"w": f32(8, 4)}
     for how, said in (
         (jc.quantize.weights(integer(4), axis=-1, group=4), ValueError),

@@ -39,7 +39,7 @@ def mutual_kd(
 
 
 def mutual_loss(
-    task: Callable[[Array, Any], Array],
+    task: Callable[..., Array],
     *,
     kd_weight: Number = 1.0,
     temperature: Number = 1.0,

@@ -250,15 +250,17 @@ def _rows(
     check_same_examples(student, teacher, at_least=at_least)
     keep = kept_rows(where, student.shape[:1])
     s, t = zeroed(keep, *float32_pair(student, teacher))
-    return keep, *(_scaled(f.reshape(len(f), -1), keep) for f in (s, t))
+    s, t = (_scaled(f.reshape(len(f), -1), keep) for f in (s, t))
+    return keep, s, t
 
 
 def _among(values: Array, keep: Array | None) -> Array:
     # values [N, N] or [N, N, N]: 0 where one of the examples does not count
-    for axis in range(values.ndim if keep is not None else 0):
-        values = jnp.where(
-            jnp.expand_dims(keep, [a for a in range(values.ndim) if a != axis]), values, 0.0
-        )
+    if keep is None:
+        return values
+    for axis in range(values.ndim):
+        others = [a for a in range(values.ndim) if a != axis]
+        values = jnp.where(jnp.expand_dims(keep, others), values, 0.0)
     return values
 
 
