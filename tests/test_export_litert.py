@@ -96,14 +96,24 @@ def test_a_program_is_in_integers_from_end_to_end(program, tmp_path):
     assert apart.max() < 1.01 and (apart > 0.5).mean() < 0.2
     (given,), (found,) = report.inputs, report.outputs
     assert given[:3] == ("x", "float32", (4, 8, 8, 3)) and found[:3] == ("y", "float32", (4, 5))
-    assert jc.export.litert(program, path=tmp_path / "b.tflite").inputs[0].shape == (1, 8, 8, 3)
+    assert jc.export.litert(program, path=tmp_path / "b.tflite", verify=False).inputs[0].shape == (
+        1,
+        8,
+        8,
+        3,
+    )
 
 
 def test_the_int8_interface_takes_codes(program, tmp_path):
     program, x = program
-    wide = jc.export.litert(program, x, path=tmp_path / "a.tflite")
+    wide = jc.export.litert(program, x, path=tmp_path / "a.tflite", verify=False)
     report = jc.export.litert(
-        program, x, path=tmp_path / "b.tflite", interface="int8", input_names=["image"]
+        program,
+        x,
+        path=tmp_path / "b.tflite",
+        interface="int8",
+        input_names=["image"],
+        verify=False,
     )
     assert report.integer and not {"QUANTIZE", "DEQUANTIZE"} & {o.name for o in report.operators}
     (given,), (found,) = report.inputs, report.outputs
@@ -183,10 +193,10 @@ def test_dynamic_grids_and_stored_weights(network, bits, tmp_path):
     fn, params, x, how = network()
     packed = pack(params, bits, **how)
     path = tmp_path / "a.tflite"
-    stored = jc.export.litert(fn, packed, x, path=path)
+    stored = jc.export.litert(fn, packed, x, path=path, verify=False)
     close(run(stored, x), fn(jc.unpack(packed), x))
     assert any(name == "DEQUANTIZE" and f"int{bits}" in rest for name, *rest in types(stored))
-    report = jc.export.litert(fn, packed, x, path=path, activations="dynamic")
+    report = jc.export.litert(fn, packed, x, path=path, activations="dynamic", verify=False)
     close(run(report, x), jax.jit(marked_weights(fn, packed, dynamic=True))(x))
     dense = {t for t in types(report) if t[0] == "FULLY_CONNECTED"}
     assert dense and all(f"int{bits}" in t for t in dense)
@@ -202,9 +212,10 @@ def test_bytes_of_a_dense_stack(tmp_path):
         return x
 
     x = normal(9, 1, 256)
-    bytes = [jc.export.litert(fn, params, x, path=tmp_path / "a.tflite").file_bytes]
+    path = tmp_path / "a.tflite"
+    bytes = [jc.export.litert(fn, params, x, path=path, verify=False).file_bytes]
     for bits in (8, 4):
-        report = jc.export.litert(fn, pack(params, bits), x, path=tmp_path / "a.tflite")
+        report = jc.export.litert(fn, pack(params, bits), x, path=path, verify=False)
         bytes.append(report.file_bytes)
     # 4 bytes, 1 and a half per weight, scales and tables besides.
     assert bytes[0] > 4 * 3 * 256**2
@@ -217,7 +228,9 @@ def test_activations_on_their_grids(tmp_path):
     x, packed = normal(3, 6, 8), pack(params, 8)
     act = jc.quantize.activations(fn, integer(8, symmetric=False))
     grids = jc.quantize.calibrate_activations(act, jc.unpack(packed), [(x,)])
-    report = jc.export.litert(fn, packed, x, path=tmp_path / "a.tflite", activations=grids)
+    report = jc.export.litert(
+        fn, packed, x, path=tmp_path / "a.tflite", activations=grids, verify=False
+    )
     # The first layer lies between two grids, the last one has none behind it.
     assert ("FULLY_CONNECTED", "int8", "int8") in {t[:3] for t in types(report)}
     step = (
