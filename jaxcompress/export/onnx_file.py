@@ -251,7 +251,7 @@ def _larger(params: Any, graph: Graph, outputs: Sequence[Port]) -> tuple[Larger,
             "export.onnx: stored as float32 though packed: "
             + "; ".join(f"{r.leaf!r} ({r.why}; {r.lost_bytes:,} bytes more)" for r in floats[:5])
             + (f"; and {len(floats) - 5} more leaves" if len(floats) > 5 else ""),
-            stacklevel=3,
+            stacklevel=4,  # of the caller of `onnx`, which is wrapped
         )
     return tuple(rows)
 
