@@ -58,20 +58,26 @@ def test_marked_weights_are_what_is_unpacked():
         "b": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
         "c": jnp.asarray(rng.normal(size=(4,)), jnp.float32),
         "d": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
+        "e": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
     }
     recipe = jc.by_path(
         {
             "a": jc.quantize.weights(jc.formats.integer(4), axis=-1),
             "b": jc.quantize.weights(jc.formats.integer(8)),
             "d": jc.quantize.weights(jc.formats.integer(4), axis=-1, group=4),
+            "e": jc.quantize.weights(jc.formats.integer(4), axis=(0, 1)),
         },
         default=jc.identity(),
     )
     packed = recipe.pack(params, recipe.init(params))
-    view = mark_weights(packed)
+    unmarked = r"mark_weights: .*'d' \(its scales.* groups\); 'e' \(its scales.* several axes\)$"
+    with pytest.warns(UserWarning, match=unmarked) as said:
+        view = mark_weights(packed)
+    assert len(said) == 1
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), view, jc.unpack(packed))
-    seen = marks_of(lambda: mark_weights(packed))
-    assert [m["dtype"] for m in seen] == ["i4", "i8"]  # groups have no mark
+    with pytest.warns(UserWarning, match=unmarked):
+        seen = marks_of(lambda: mark_weights(packed))
+    assert [m["dtype"] for m in seen] == ["i4", "i8"]
     assert [m.get("quantization_dimension") for m in seen] == [1, None]
 
 

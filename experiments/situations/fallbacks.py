@@ -1,14 +1,16 @@
-"""Codes stay codes in ONNX files: formats and granularities x what takes the weight.
+"""Codes stay codes in files: formats and granularities x what takes the weight, per exporter.
 
-Each cell exports one packed weight in one network, runs the file in ONNX Runtime's default
-session, and compares with the same network on the unpacked weight in float64. It shows bytes of the
-file over packed bytes. About five minutes.
+A method packs one weight for each consumer; all of them are one network and one ONNX file, which
+ONNX Runtime's default session runs, beside the same network on the unpacked weights in float64. A
+cell shows bytes of the weight in the file over packed bytes, as the report says; the size of the
+file, which is measured, must be that of its cells (column "file"). LiteRT and StableHLO have no
+report of each leaf: there every cell is a file, and shows its size. About two minutes.
 """
 
 import functools
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from jax import lax
 import jaxcompress as jc
 from experiments.situations import Cell, Table
 
-OVERHEAD_BYTES = 3000  # nodes, tables, shapes
+OVERHEAD_BYTES = 3000  # nodes, tables, shapes of a consumer
 TOLERANCE = 2e-5  # of the largest output
 
 
@@ -33,10 +35,6 @@ def _conv(x, w, groups=1):
 
 def _up(x, w):
     return lax.conv_transpose(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _ids(rows):
-    return jnp.asarray([[0, rows - 1], [3, 3]], jnp.int32)
 
 
 CONSUMERS: dict[str, tuple[tuple[int, ...], Callable[..., Any], tuple[int, ...] | None]] = {
@@ -95,55 +93,55 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def packed(w: Any, method: str) -> Any:
-    """A weight as a method packs it."""
+def recipe(method: str) -> Any:
+    """The compressor of a method; of bfloat16 and float16 the dtype."""
     form, where = METHODS[method]
     if form in ("bfloat16", "float16"):
-        return w.astype(form)
+        return form
     if form in ("masked", "sparse"):
-        recipe = jc.prune.magnitude(0.5)
-        if form == "masked":
-            recipe = jc.chain(recipe, jc.quantize.weights(_integer(8), **where))
-    else:
-        recipe = jc.quantize.weights(form, **where)
-    return recipe.pack(w, recipe.init(w))
+        pruned = jc.prune.magnitude(0.5)
+        weights = jc.quantize.weights(_integer(8), **where)
+        return jc.chain(pruned, weights) if form == "masked" else pruned
+    return jc.quantize.weights(form, **where)
 
 
-def cell(method: str, situation: str, seed: int, folder: Path) -> Cell:
-    """One weight, packed and exported; what the file weighs and computes."""
-    import onnxruntime
+def packed(weights: Any, method: str) -> Any:
+    """A tree of weights as a method packs it."""
+    made = recipe(method)
+    if isinstance(made, str):
+        return jax.tree.map(lambda w: w.astype(made), weights)
+    return made.pack(weights, made.init(weights))
 
-    shape, fn, x_shape = CONSUMERS[situation]
+
+def drawn(situations: Sequence[str], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A weight and an input of each."""
     rng = np.random.default_rng(seed)
-    w = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    if x_shape is None:
-        x: Any = _ids(shape[0])
-    else:
-        x = jnp.asarray(rng.normal(size=x_shape), jnp.float32)
-    leaf = packed(w, method)
-    network = lambda p, x: fn(p["w"].astype(jnp.float32), x)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        report = jc.export.onnx(
-            network, {"w": leaf}, x, path=folder / "f.onnx", shapes=None, verify=False
+    weights, inputs = {}, {}
+    for name in situations:
+        shape, _, x_shape = CONSUMERS[name]
+        weights[name] = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        inputs[name] = (
+            jnp.asarray([[0, shape[0] - 1], [3, 3]], jnp.int32)
+            if x_shape is None
+            else jnp.asarray(rng.normal(size=x_shape), jnp.float32)
         )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    run = onnxruntime.InferenceSession(str(report.path), options)
-    (found,) = run.run(None, {run.get_inputs()[0].name: np.asarray(x)})
-    want = _reference(situation, jc.unpack(leaf), x)
-    error = float(np.abs(found - want).max() / max(np.abs(want).max(), 1e-30))
-    least = jc.packed_bytes(leaf)
-    ratio = report.file_bytes / least
-    small = report.file_bytes <= 1.02 * least + OVERHEAD_BYTES
-    named = [row for row in report.larger if row.leaf == "w"]
-    lost = f", {named[0].lost_bytes} more" if named else ""
-    warned = any("float32 though packed" in str(w.message) for w in said)
-    honest = small or bool(named)
-    honest &= warned == any(row.why for row in named)
-    text = f"{ratio:.2f}{lost}" + (" in float32" if warned else "")
-    right = error <= TOLERANCE
-    return Cell(text if right else f"{text}, error {error:.1e}", honest and right)
+    return weights, inputs
+
+
+def network(params: Any, inputs: Any) -> Any:
+    """All consumers beside each other: {name: result}."""
+    return {k: CONSUMERS[k][1](w.astype(jnp.float32), inputs[k]) for k, w in params.items()}
+
+
+def errors(found: Sequence[Any], leaves: Any, inputs: Any) -> dict[str, float]:
+    """Of each result, over its largest number, as float64 gives it."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        wide = lambda x: x.astype(np.float64) if x.dtype == np.float32 else x
+        weights = {k: np.asarray(w, np.float32) for k, w in jc.unpack(leaves).items()}
+        given = {k: wide(np.asarray(x)) for k, x in inputs.items()}
+        want = {k: np.asarray(_wide(k)(wide(w), given[k])) for k, w in weights.items()}
+    pairs = zip(sorted(leaves), found, strict=True)
+    return {k: float(np.abs(y - want[k]).max() / np.abs(want[k]).max()) for k, y in pairs}
 
 
 @functools.cache
@@ -151,24 +149,91 @@ def _wide(situation: str) -> Callable[..., Any]:
     return jax.jit(CONSUMERS[situation][1])
 
 
-def _reference(situation: str, w: Any, x: Any) -> np.ndarray:
-    # In float64.
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        wide = np.asarray(w, np.float32).astype(np.float64)
-        x = np.asarray(x)
-        x = x.astype(np.float64) if x.dtype == np.float32 else x
-        return np.asarray(_wide(situation)(wide, x))
+def onnx_cells(
+    method: str, situations: Sequence[str], seed: int, folder: Path
+) -> tuple[dict[str, Cell], Cell]:
+    """One file of these consumers; the cells, and whether they explain the size of the file."""
+    weights, inputs = drawn(situations, seed)
+    leaves = packed(weights, method)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = jc.export.onnx(
+            network, leaves, inputs, path=folder / "f.onnx", shapes=None, verify=False
+        )
+    apart = errors(_run_plain(report.path, inputs), leaves, inputs)
+    least = {k: jc.packed_bytes(leaf) for k, leaf in leaves.items()}
+    larger = {row.leaf: row for row in report.larger}
+    warned = any("float32 though packed" in str(w.message) for w in said)
+    cells = {}
+    for name in situations:
+        row = larger.get(name)
+        text = f"{row.file_bytes / least[name]:.2f}" if row else "1.00"
+        text += " in float32" if row and row.why else ""
+        right = apart[name] <= TOLERANCE and (warned or not (row and row.why))
+        cells[name] = Cell(text if right else f"{text}, error {apart[name]:.1e}", right)
+    known = sum(larger[k].file_bytes if k in larger else 1.02 * least[k] for k in least)
+    over = report.file_bytes - known - OVERHEAD_BYTES * len(least)
+    return cells, Cell(f"{report.file_bytes / sum(least.values()):.2f}", over <= 0)
+
+
+def _run_plain(path: Path, inputs: Any) -> list[np.ndarray]:
+    # In a session as users open it.
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    found = onnxruntime.InferenceSession(str(path), options)
+    names = [port.name for port in found.get_inputs()]
+    given = dict(zip(names, map(np.asarray, jax.tree.leaves(inputs)), strict=True))
+    return [np.asarray(y) for y in found.run(None, given)]
+
+
+OTHERS = {  # name: exporter, method
+    "LiteRT, int8 tensor": ("litert", "int8 tensor"),
+    "LiteRT, int4 channel": ("litert", "int4 channel"),
+    "LiteRT, nf4": ("litert", "nf4"),
+    "StableHLO, int4 group 32": ("stablehlo", "int4 group 32"),
+    "StableHLO, k-means": ("stablehlo", "k-means"),
+    "StableHLO, half zero, int8": ("stablehlo", "half zero, int8"),
+}
+_OVERHEAD = {"litert": 6000, "stablehlo": 14_000}  # a program has its decoder
+
+
+def other_cell(name: str, situation: str, seed: int, folder: Path) -> Cell:
+    """One consumer in a file of LiteRT or StableHLO."""
+    exporter, method = OTHERS[name]
+    weights, inputs = drawn([situation], seed)
+    leaves = packed(weights, method)
+    path = folder / {"litert": "f.tflite", "stablehlo": "f.stablehlo"}[exporter]
+    try:
+        report = getattr(jc.export, exporter)(network, leaves, inputs, path=path, verify=False)
+    except ValueError as error:  # an error with the leaf's name is no silence
+        return Cell("refused", situation in str(error))
+    found = jc.export.session(path).run(*map(np.asarray, jax.tree.leaves(inputs)))
+    apart = errors(found, leaves, inputs)[situation]
+    least = jc.packed_bytes(leaves)
+    named = getattr(report, "widened", {}).get(situation, "")
+    small = report.file_bytes <= 1.02 * least + _OVERHEAD[exporter]
+    text = f"{report.file_bytes / least:.2f}" + (f", {named.split(':')[0]}" if named else "")
+    right = apart <= TOLERANCE
+    return Cell(text if right else f"{text}, error {apart:.1e}", right and (small or bool(named)))
 
 
 def table(seed: int, progress: Callable[[Any], Any]) -> Table:
     """All formats and granularities x all consumers."""
-    cells = {}
+    cells: dict[str, tuple[Cell, ...]] = {}
+    names = tuple(CONSUMERS)
     with tempfile.TemporaryDirectory() as folder:
-        for method in progress(list(METHODS)):
-            cells[method] = tuple(cell(method, s, seed, Path(folder)) for s in CONSUMERS)
+        for method in progress([*METHODS, *OTHERS]):
+            if method in OTHERS:
+                row = {k: other_cell(method, k, seed, Path(folder)) for k in names}
+                file = Cell("a cell each", True)
+            else:
+                row, file = onnx_cells(method, names, seed, Path(folder))
+            cells[method] = (*(row[k] for k in names), file)
     return Table(
-        "ONNX: bytes of the file over packed bytes; codes stay codes (up to 2 % and "
-        f"{OVERHEAD_BYTES} bytes), or the report says how many bytes more; numbers as float64",
-        tuple(CONSUMERS),
+        "Bytes of a weight in a file over packed bytes: codes stay codes, or the report says how "
+        "many bytes more they take, and a warning what is float32; numbers as float64",
+        (*names, "file"),
         cells,
     )

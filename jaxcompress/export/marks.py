@@ -9,6 +9,7 @@ with z - 128. An empty `scale` means that the range is found while the network r
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -133,9 +134,22 @@ def mark_weights(packed: Any) -> Any:
     """The arrays of a packed tree, those marked that runtimes can store as integers.
 
     Symmetric integers with one scale per tensor or per index of one axis are marked, 4 bits and
-    fewer as "i4"; all else is as `jc.unpack` gives it, plain arrays included.
+    fewer as "i4"; all else is as `jc.unpack` gives it, plain arrays included. One warning names
+    the packed leaves among that: an exporter stores them as numbers.
     """
-    leaves = [_marked(leaf) for _, leaf in leaves_with_paths(packed, is_leaf=is_packed)]
+    flat = leaves_with_paths(packed, is_leaf=is_packed)
+    plain = [
+        f"{path or 'the array'!r} ({why})"
+        for path, leaf in flat
+        if is_packed(leaf) and (why := why_unmarked(leaf) or _several_axes(leaf))
+    ]
+    if plain:
+        warnings.warn(
+            f"export.mark_weights: unpacked, without a mark: {'; '.join(plain[:5])}"
+            + (f"; and {len(plain) - 5} more leaves" if len(plain) > 5 else ""),
+            stacklevel=2,
+        )
+    leaves = [_marked(leaf) for _, leaf in flat]
     return jax.tree.unflatten(jax.tree.structure(packed, is_leaf=is_packed), leaves)
 
 
@@ -158,18 +172,23 @@ def stored_bits(leaf: QTensor | Masked) -> int:
     return 4 if values.format.bits <= 4 else 8
 
 
+def _several_axes(leaf: QTensor | Masked) -> str:
+    # Of a leaf with a grid that runtimes have otherwise.
+    values: Any = leaf if isinstance(leaf, QTensor) else leaf.values
+    several = len(values.granularity.channels(leaf.shape)) > 1
+    return "its scales lie along several axes" if several else ""
+
+
 def _marked(leaf: Any) -> Any:
     if not is_packed(leaf):
         return leaf
     with jax.ensure_compile_time_eval():  # a constant of the program, not a decoder in it
         array = unpack(leaf)
-    if why_unmarked(leaf):
+    if why_unmarked(leaf) or _several_axes(leaf):
         return array
     values = leaf if isinstance(leaf, QTensor) else leaf.values
     form: Any = values.format
     channels = values.granularity.channels(array.shape)
-    if len(channels) > 1:
-        return array
     bits = stored_bits(leaf)
     narrow = form.narrow or form.bits not in (4, 8)
     scale = np.asarray(values.qparams.scale).reshape(-1)
