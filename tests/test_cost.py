@@ -214,7 +214,7 @@ def test_reports(hand, monkeypatch):
     assert (row["latency_s"], row["device"], row["fits"]) == (6.5, "hand", False)
     assert row["memory_used_bytes"] == {"flash": 184, "sram": 48} and len(row["layers"]) == 3
     text = str(got)
-    assert "hand (only): 6.5 s, 13 J, 40 MAC" in text and "does not fit" in text
+    assert "hand (only): 6.5 s (2.17 s to 19.5 s), 13 J, 40 MAC" in text and "does not fit" in text
     assert "a/kernel: 4.5 s (69%), compute" in text
 
     rich_console = pytest.importorskip("rich.console")

@@ -75,6 +75,23 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class Measurements:
+    """What a runtime's rates were fitted on.
+
+    Attributes:
+      kinds: classes of contractions (of `OPS`) that the networks have.
+      macs: least and most multiply-accumulates of one call of a contraction.
+      networks: names of the measured networks.
+      error: |log(measured / estimated)| of networks or boards left out; None: not known.
+    """
+
+    kinds: tuple[str, ...]
+    macs: tuple[float, float]
+    networks: tuple[str, ...]
+    error: Quantity | None = None
+
+
+@dataclass(frozen=True)
 class Device:
     """A device with one of its runtimes; build it with `device`.
 
@@ -97,6 +114,8 @@ class Device:
       reserved: B of a memory that program, stack or operating system take.
       alignment: channels to whose multiples kernels pad a weight's "inputs" and "outputs", and
         gathered patches ("vector"); of whose multiples they gather fast ("packet").
+      version: of the runtime that was measured; "" if it is not known.
+      fit: what the rates were fitted on; None: no measured network, or none that the file names.
     """
 
     name: str
@@ -117,6 +136,8 @@ class Device:
     voltage: Quantity | None = None
     reserved: Mapping[str, Quantity] = field(default_factory=dict)
     alignment: Mapping[str, Quantity] = field(default_factory=dict)
+    version: str = ""
+    fit: Measurements | None = None
 
     def available(self, memory: str) -> int:
         """Bytes of a memory that are free for the network."""
@@ -158,6 +179,8 @@ class Device:
                     yield " ".join((name, *rate.key)), getattr(rate, name)
         for weight, quantity in self.unpack.items():
             yield f"unpack {weight}", quantity
+        if self.fit is not None and self.fit.error is not None:
+            yield "fit.error", self.fit.error
         for vector in self.elementwise:
             yield f"elementwise {vector.type}", vector.rate
 

@@ -1,5 +1,6 @@
 """Cost of a packed network on a device: MACs, bytes, latency and energy, kernel by kernel."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ import jax
 
 from jaxcompress.core.packed import packed_bytes, unpack
 from jaxcompress.cost import count, operations
+from jaxcompress.cost.basis import basis, outside
 from jaxcompress.cost.count import Stored
 from jaxcompress.cost.device import Device, Rate
 from jaxcompress.cost.device import device as device_of
@@ -41,7 +43,9 @@ def estimate(
     feeds a contraction. Loops count with their trips, of a conditional the heavier branch; what
     no result needs is left out, and what no input reaches is taken as computed beforehand. Any
     function can be costed, a gradient or a whole training step too. Contractions inside what cannot
-    be looked into (kernels, callbacks) are not counted: a warning and a note name them.
+    be looked into (kernels, callbacks) are not counted: a warning and a note name them. The result
+    names runtime and version that the device file describes, has an interval of the latency, and
+    says of each layer whether its kind and size lay within the fit.
 
     Args:
       apply_fn: pure function of the unpacked parameters and the inputs.
@@ -88,8 +92,12 @@ def estimate(
             "macs valid_macs flops transcendentals weight_bytes activation_bytes latency_s energy_j"
         ).split()
     }
+    factor = math.exp(basis(spec).spread)
     return Cost(
         **total,
+        runtime=spec.runtime,
+        version=spec.version,
+        interval_s=(total["latency_s"] / factor, total["latency_s"] * factor),
         peak_bytes=seen.arena.peak_bytes,
         layers=tuple(layers),
         device=spec,
@@ -211,6 +219,7 @@ def _row(
     ruled = [(op, operations.work(op)) for op in kernel.ops]
     done = operations.total(work or operations.unruled(op) for op, work in ruled) * kernel.times
     unruled = tuple(op.primitive for op, work in ruled if work is None)
+    beyond = outside(device, load, "" if time.rate is None else time.rate.op)
     elements = max(sum(leaf.size for leaf in leaves), 1)
     layer = LayerCost(
         name=load.name,
@@ -237,6 +246,8 @@ def _row(
         energy_j=active_energy(device, time.latency_s),
         bound=time.bound,
         fallback=time.fallback,
+        in_fit=not beyond,
+        outside=beyond,
     )
     return _Row(layer, time.rate, unruled)
 
@@ -313,6 +324,10 @@ def _notes(seen: Analysis, inputs: Any, rows: list[_Row]) -> tuple[str, ...]:
     graph, device, fusion = seen.program.graph, seen.device, seen.fusion
     shapes = [str(tuple(getattr(leaf, "shape", ()))) for leaf in jax.tree.leaves(inputs)]
     notes = [f"for inputs of shape {', '.join(shapes) or '()'} as given, not per example"]
+    notes.append(basis(device).note)
+    strange = [f"{row.layer.name} ({row.layer.outside})" for row in rows if not row.layer.in_fit]
+    if strange and device.fit is not None:
+        notes.append(f"outside the fit: {_some(strange)}")
     if device.rates == "peak":
         notes.append("rates are peaks: kernels reach less, so compute times are lower bounds")
     notes.append(f"kernels are fused as {fusion!r}; peak bytes by liveness of what lies in between")

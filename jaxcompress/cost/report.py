@@ -25,8 +25,11 @@ def si(value: float, unit: str) -> str:
 
 def summary(cost: Cost) -> str:
     """Totals, whether it fits, the slowest layers, fallbacks and notes, as lines of text."""
+    runtime = " ".join(filter(None, (cost.device.runtime, cost.version)))
+    low, high = cost.interval_s
     lines = [
-        f"{cost.device.name} ({cost.device.runtime}): {si(cost.latency_s, 's')}, "
+        f"{cost.device.name} ({runtime}): {si(cost.latency_s, 's')} "
+        f"({si(low, 's')} to {si(high, 's')}), "
         f"{si(cost.energy_j, 'J')}, {si(cost.macs, 'MAC')}",
         f"  weights {cost.weight_bytes:,} B, activations {cost.activation_bytes:,} B, "
         f"peak {cost.peak_bytes:,} B",
@@ -79,7 +82,9 @@ def _layer_row(layer: LayerCost) -> tuple[str, ...]:
 
 def _of_layers(cost: Cost, layers: Iterable[LayerCost], rich: Any) -> Any:
     title = f"{cost.device.name} ({cost.device.runtime})"
-    caption = "\n".join([cost.verdict(), *fallbacks(cost.layers)])
+    low, high = cost.interval_s
+    within = f"latency {si(low, 's')} to {si(high, 's')}"
+    caption = "\n".join([cost.verdict(), within, *fallbacks(cost.layers)])
     # Narrow enough for 80 columns.
     style = {"box": rich.box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     grid = rich.table.Table(title=title, caption=caption, show_footer=True, **style)

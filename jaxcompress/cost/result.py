@@ -36,6 +36,9 @@ class LayerCost:
       energy_j: active power of the device times latency_s.
       bound: "compute" | "memory" | "overhead", the largest of the three.
       fallback: what the device cannot do and does instead; "" if nothing.
+      in_fit: whether kind and size lay within what the device's rates were fitted on; true of
+        kernels without a contraction.
+      outside: why not; "" if they do.
     """
 
     name: str
@@ -62,6 +65,8 @@ class LayerCost:
     energy_j: float = 0.0
     bound: str = ""
     fallback: str = ""
+    in_fit: bool = True
+    outside: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,9 @@ class Cost:
       latency_s, energy_j: of the kernels one after the other.
       weight_memory, activation_memory: where they lie.
       notes: what the figures rest on and leave out.
+      runtime, version: of the runtime that the device file describes; "" if it does not say.
+      interval_s: seconds between which the latency lies, as far as the fit can say; the notes say
+        what that rests on.
     """
 
     macs: int
@@ -122,6 +130,9 @@ class Cost:
     weight_memory: str
     activation_memory: str
     notes: tuple[str, ...]
+    runtime: str = ""
+    version: str = ""
+    interval_s: tuple[float, float] = (0.0, 0.0)
 
     @property
     def traffic_bytes(self) -> dict[str, int]:

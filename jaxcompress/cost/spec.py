@@ -7,7 +7,16 @@ from typing import Any, NoReturn
 
 from jaxcompress.core.paths import near_misses
 from jaxcompress.cost import dtypes
-from jaxcompress.cost.device import GRADES, OPS, Device, Memory, Quantity, Rate, Vector
+from jaxcompress.cost.device import (
+    GRADES,
+    OPS,
+    Device,
+    Measurements,
+    Memory,
+    Quantity,
+    Rate,
+    Vector,
+)
 from jaxcompress.cost.kernels import FUSIONS
 
 
@@ -152,6 +161,23 @@ def _places(runtime: _Table, key: str, memories: Mapping[str, Memory]) -> tuple[
     return names
 
 
+def _fit(runtime: _Table) -> Measurements:
+    table = runtime.table("fit")
+    table.keys(("kinds", "smallest", "largest", "networks"), ("error",))
+    for key in ("kinds", "networks"):
+        found = table.values[key]
+        if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
+            table.fail(f"{key!r} must be a list of names, got {found!r}")
+    kinds = tuple(table.values["kinds"])
+    if not set(kinds) <= set(OPS):
+        table.fail(f"'kinds' must be some of {', '.join(OPS)}, got {list(kinds)!r}")
+    low, high = (table.quantity(key, "MAC").value for key in ("smallest", "largest"))
+    if low > high:
+        table.fail(f"'smallest' must be at most 'largest', got {low:g} and {high:g}")
+    error = table.quantity("error", "log ratio") if "error" in table.values else None
+    return Measurements(kinds, (low, high), tuple(table.values["networks"]), error)
+
+
 def _memories(top: _Table) -> dict[str, Memory]:
     memories, table = {}, top.table("memory")
     for name in table.values:
@@ -180,6 +206,7 @@ def parse(values: Mapping[str, Any], name: str, *, runtime: str, file: str) -> D
         table = top.table("runtime").table(key)
         required = ("description", "rates", "weights", "activations", "active_power", "overhead")
         optional = ("unpack", "elementwise", "fusion", "call", "voltage", "reserved", "alignment")
+        optional += ("version", "fit")
         table.keys((*required, "throughput"), optional)
         found[key] = Device(
             name=name,
@@ -200,6 +227,8 @@ def parse(values: Mapping[str, Any], name: str, *, runtime: str, file: str) -> D
             voltage=table.quantity("voltage", "V") if "voltage" in table.values else None,
             reserved=_quantities(table, "reserved", memories, "B"),
             alignment=_quantities(table, "alignment", _ALIGNMENTS, "channel"),
+            version=table.text("version") if "version" in table.values else "",
+            fit=_fit(table) if "fit" in table.values else None,
         )
     in_cycles = [q.unit for d in found.values() for _, q in d.quantities() if "cycle" in q.unit]
     if in_cycles and clock is None:
