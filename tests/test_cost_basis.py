@@ -72,3 +72,11 @@ def test_wrong_fits_say_what_is_wrong(tmp_path):
         _fitted(tmp_path, dense="fast")
     with pytest.raises(ValueError, match="'smallest' must be at most 'largest'"):
         _fitted(tmp_path, **{"value = 64": "value = 4"})
+
+
+def test_hexagon_has_a_cost_per_layer():
+    w, x = SHAPE((64, 4), jnp.int8), SHAPE((1, 64), jnp.int8)
+    got = cost.estimate(dense, {"w": w}, x, device="hexagon")
+    (layer,) = [x for x in got.layers if x.op]
+    assert layer.overhead_s == 1.1e-6 and layer.bound == "overhead"
+    assert "SqueezeNet" in " ".join(got.notes) and layer.outside
