@@ -74,6 +74,7 @@ METHODS = {
     "gptq": _fitted(jc.quantize.gptq),
     "awq": _fitted(jc.quantize.awq),
     "wanda": lambda params, x: jc.prune.wanda(network, params, [(x,)], 0.5)[0],
+    "apoz": lambda params, x: jc.prune.apoz(network, params, iter([(x[:32],), (x[32:],)])),
     "percentile": _activations(jc.quantize.percentile(99.0)),
     "kl": _activations(jc.quantize.kl()),
     "shrink": _shrunk,

@@ -19,6 +19,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard, 
 from jaxcompress.core.paths import leaves_with_paths
 
 
+def _is_iterator(x: Any) -> bool:
+    """Whether a leaf gives batches one by one: no pytree, which JAX wants to be told."""
+    return isinstance(x, Iterator)
+
+
 class _Axes(NamedTuple):
     mesh: Any  # Mesh, or AbstractMesh where all arrays are traced
     free: Any  # the same with automatic axes where they are explicit
@@ -34,7 +39,7 @@ class _Axes(NamedTuple):
 
     def loose_within(self, x: Any) -> Any:
         """The same, for an iterator of batches too."""
-        if not isinstance(x, Iterator):
+        if not _is_iterator(x):
             return self.loose(x)
         return (jax.tree.map(self.loose, batch) for batch in x)
 
@@ -57,7 +62,7 @@ def _spec(x: Any) -> PartitionSpec | None:
 def _axes(tree: Any) -> _Axes | None:
     """The mesh with explicit axes on which arrays of a tree lie; None if none does."""
     mesh = None
-    for x in jax.tree.leaves(tree):
+    for x in jax.tree.leaves(tree, is_leaf=_is_iterator):
         if _spec(x) is None:
             continue
         if not isinstance(x, Tracer):  # its mesh has devices
@@ -104,7 +109,9 @@ def on_any_mesh(
             return function(*args, **kwargs)
         abstract = axes.free.abstract_mesh if isinstance(axes.free, Mesh) else axes.free
         with use_abstract_mesh(abstract):
-            positional, named = jax.tree.map(axes.loose_within, (args, kwargs))
+            positional, named = jax.tree.map(
+                axes.loose_within, (args, kwargs), is_leaf=_is_iterator
+            )
             out = function(*positional, **named)
         leaves, treedef = jax.tree.flatten(out)
         if like is not None:
@@ -121,7 +128,7 @@ def _specs(results: Any, arguments: tuple[Any, Any]) -> list[PartitionSpec]:
     known = [
         (f"/{path}/", x.shape, spec)
         for tree in (*positional, *named.values())
-        for path, x in leaves_with_paths(tree)
+        for path, x in leaves_with_paths(tree, _is_iterator)
         if (spec := _spec(x)) is not None
     ]
 
@@ -148,7 +155,7 @@ def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args, **kwargs):
         if _axes((args, kwargs)) is not None:
-            args, kwargs = jax.tree.map(whole, (args, kwargs))
+            args, kwargs = jax.tree.map(whole, (args, kwargs), is_leaf=_is_iterator)
         return function(*args, **kwargs)
 
     return run
