@@ -11,6 +11,7 @@ FIT = """
 version = "1.2"
 [runtime.only.fit]
 kinds = ["dense"]
+types = ["float32"]
 networks = ["tiny"]
 smallest = { value = 16, unit = "MAC", source = "s", grade = "estimate" }
 largest = { value = 64, unit = "MAC", source = "s", grade = "estimate" }
@@ -65,6 +66,19 @@ def test_without_a_fit_the_interval_is_wide_and_says_that_it_is_assumed(tmp_path
 def test_kinds_outside_the_fit_are_named(tmp_path):
     got = _estimate(_fitted(tmp_path, dense="conv"), 8)
     assert got.layers[0].outside == "no dense in the fit"
+
+
+def test_types_outside_the_fit_are_named(tmp_path):
+    got = _estimate(_fitted(tmp_path, float32="int8"), 8)
+    assert got.layers[0].outside == "no float32 in the fit"
+
+
+def test_boards_that_ran_mlperf_tiny_name_it():
+    w, x = SHAPE((64, 40), jnp.int8), SHAPE((1, 64), jnp.int8)
+    got = cost.estimate(dense, {"w": w}, x, device="stm32l4r5")
+    assert got.version == "9.0" and [layer.in_fit for layer in got.layers if layer.op] == [True]
+    assert got.interval_s == pytest.approx((got.latency_s / 1.8221, got.latency_s * 1.8221), 1e-4)
+    assert "ResNet-8 (IC)" in " ".join(got.notes)
 
 
 def test_wrong_fits_say_what_is_wrong(tmp_path):

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from jaxcompress.cost.device import Device
+from jaxcompress.cost.device import Device, Rate
 from jaxcompress.cost.latency import Load
 
 IN_FITTED_VERSION = 0.60
@@ -48,14 +48,16 @@ def basis(device: Device) -> Basis:
     )
 
 
-def outside(device: Device, load: Load, rate_op: str) -> str:
+def outside(device: Device, load: Load, rate: Rate | None) -> str:
     """Why a contraction is not within the fit; "" if it is, or if there is no contraction."""
     if not load.op or device.fit is None:
         return "the device file names no fit" if load.op else ""
     if load.op not in device.fit.kinds:
         return f"no {load.op} in the fit"
-    if rate_op != load.op and (load.op, rate_op) != ("pointwise", "conv"):
+    if rate is None or rate.op != load.op and (load.op, rate.op) != ("pointwise", "conv"):
         return f"no rate for {load.op}"
+    if rate.weight not in device.fit.types:
+        return f"no {rate.weight} in the fit"
     low, high = device.fit.macs
     each = load.macs / max(load.calls, 1)
     if not low <= each <= high:

@@ -82,12 +82,14 @@ class Measurements:
       kinds: classes of contractions (of `OPS`) that the networks have.
       macs: least and most multiply-accumulates of one call of a contraction.
       networks: names of the measured networks.
+      types: number types of the weights that these networks had.
       error: |log(measured / estimated)| of networks or boards left out; None: not known.
     """
 
     kinds: tuple[str, ...]
     macs: tuple[float, float]
     networks: tuple[str, ...]
+    types: tuple[str, ...]
     error: Quantity | None = None
 
 

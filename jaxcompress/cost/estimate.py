@@ -219,7 +219,7 @@ def _row(
     ruled = [(op, operations.work(op)) for op in kernel.ops]
     done = operations.total(work or operations.unruled(op) for op, work in ruled) * kernel.times
     unruled = tuple(op.primitive for op, work in ruled if work is None)
-    beyond = outside(device, load, "" if time.rate is None else time.rate.op)
+    beyond = outside(device, load, time.rate)
     elements = max(sum(leaf.size for leaf in leaves), 1)
     layer = LayerCost(
         name=load.name,

@@ -163,8 +163,8 @@ def _places(runtime: _Table, key: str, memories: Mapping[str, Memory]) -> tuple[
 
 def _fit(runtime: _Table) -> Measurements:
     table = runtime.table("fit")
-    table.keys(("kinds", "smallest", "largest", "networks"), ("error",))
-    for key in ("kinds", "networks"):
+    table.keys(("kinds", "types", "smallest", "largest", "networks"), ("error",))
+    for key in ("kinds", "types", "networks"):
         found = table.values[key]
         if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
             table.fail(f"{key!r} must be a list of names, got {found!r}")
@@ -175,7 +175,8 @@ def _fit(runtime: _Table) -> Measurements:
     if low > high:
         table.fail(f"'smallest' must be at most 'largest', got {low:g} and {high:g}")
     error = table.quantity("error", "log ratio") if "error" in table.values else None
-    return Measurements(kinds, (low, high), tuple(table.values["networks"]), error)
+    networks, types = (tuple(table.values[key]) for key in ("networks", "types"))
+    return Measurements(kinds, (low, high), networks, types, error)
 
 
 def _memories(top: _Table) -> dict[str, Memory]:
