@@ -158,3 +158,30 @@ def test_a_budget_of_the_file_is_kept_to_the_byte(tmp_path):
     assert search.plans(jc.Budget(file_bytes=exact))[0].predicted["file_bytes"] == exact <= least
     with pytest.raises(jc.search.Infeasible, match="file_bytes"):
         search.plans(jc.Budget(file_bytes=exact - 1))
+
+
+@pytest.mark.parametrize(
+    "dtype, low, high, payload",
+    [
+        (jnp.int4, -8, 8, 18 + 4096),  # 35 and 8,192 codes, two to a byte
+        (jnp.uint4, 0, 16, 18 + 4096),
+        (jnp.int2, -2, 2, 9 + 2048),
+        (jnp.uint2, 0, 4, 9 + 2048),
+        (jnp.float4_e2m1fn, 0, 4, 18 + 4096),
+    ],
+)
+def test_arrays_of_nibbles_take_their_bits(tmp_path, dtype, low, high, payload):
+    rng = np.random.default_rng(0)
+    numbers = {"a": rng.integers(low, high, (5, 7)), "b": rng.integers(low, high, (64, 128))}
+    params = {name: jnp.asarray(x, jnp.int32).astype(dtype) for name, x in numbers.items()}
+    assert jc.core.packed_bytes(params) == payload
+    product = lambda p, x: x @ p["b"].astype(jnp.float32)
+    cost = jc.cost.estimate(product, {"b": params["b"]}, jnp.ones((1, 64)), device="stm32l4r5")
+    assert cost.weight_bytes == jc.core.packed_bytes(params["b"])
+    jc.export.save(tmp_path / "p", params)
+    size = (tmp_path / "p").stat().st_size
+    assert size == jc.core.file_bytes(params) == jc.core.file_bytes(jax.eval_shape(lambda: params))
+    found = jc.export.load(tmp_path / "p").params
+    for name, x in numbers.items():
+        assert found[name].dtype == dtype
+        np.testing.assert_array_equal(np.asarray(found[name]).astype(np.float32), x)

@@ -210,7 +210,7 @@ def test_bad_problems_and_budgets():
         problem.costs({"a": "z"})
     with pytest.raises(ValueError, match="k must be at least 1"):
         allocate(problem, Budget(), k=0)
-    with pytest.raises(ValueError, match=r"Budget\(macs\) must be at least 0"):
+    with pytest.raises(ValueError, match=r"Budget\(macs\) must be finite and at least 0"):
         Budget(macs=-1)
     with pytest.raises(ValueError, match="arguments of their own"):
         Budget(others={"macs": 1})

@@ -15,9 +15,19 @@ from _trees import bits_equal
 
 import jaxcompress as jc
 from jaxcompress.core import Bitmask, Groups, Rows, condense, condensed_matmul, packed_bytes
-from jaxcompress.core.packed import Masked, dense, kept, mask_leaf, masked_bytes, unsigned_codes
+from jaxcompress.core.packed import (
+    Masked,
+    dense,
+    kept,
+    mask_leaf,
+    masked_bytes,
+    unpack,
+    unsigned_codes,
+)
 from jaxcompress.core.smallest import smallest_form
 from jaxcompress.core.sparse import positions_like
+from jaxcompress.core.storage import container
+from jaxcompress.core.storage.leaves import disassemble
 from jaxcompress.export import inspect, load, save
 from jaxcompress.formats import integer
 
@@ -378,8 +388,13 @@ def _swap_columns(header, data):
 )
 def test_damaged_positions_are_refused(tmp_path, change, message):
     w = jnp.zeros((4, 200)).at[1, 3].set(1.0).at[1, 8].set(2.0).at[2, 5].set(3.0)
-    save(tmp_path / "p", {"w": mask_leaf(w != 0, w)})
-    (tmp_path / "p").write_bytes(rewritten((tmp_path / "p").read_bytes(), change))
+    # A file of version 3, where each array of a leaf lies under its own name.
+    arrays, _ = disassemble("w", mask_leaf(w != 0, w))
+    scheme = "|||4x200|float32|3|csr:1"
+    raw = b"".join(container.encode_parts(arrays, {"jaxcompress": "3", "leaf:w": scheme})[0])
+    (tmp_path / "p").write_bytes(raw)
+    np.testing.assert_array_equal(unpack(load(tmp_path / "p").params["w"]), w)
+    (tmp_path / "p").write_bytes(rewritten(raw, change))
     with pytest.raises(ValueError, match=message) as error:
         load(tmp_path / "p")
     assert f"{tmp_path / 'p'}: w: its parts do not fit" in str(error.value)

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -13,16 +14,39 @@ def pytree(*, data: tuple[str, ...], static: tuple[str, ...]):
     return functools.partial(jax.tree_util.register_dataclass, data_fields=data, meta_fields=static)
 
 
+def stored_bits(dtype: Any) -> int:
+    """Bits of a number where arrays are stored: 4 of an `int4`, which takes a byte in NumPy.
+
+    >>> stored_bits("int4"), stored_bits("uint2"), stored_bits("float32")
+    (4, 2, 32)
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype.itemsize > 1 or dtype == jnp.bool_:
+        return 8 * dtype.itemsize
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    return (jnp.iinfo(dtype) if is_integer else jnp.finfo(dtype)).bits
+
+
 def packed_bytes(tree: Any) -> int:
     """Exact bytes of all arrays of a tree, packed or not; shapes and dtypes suffice.
 
-    Leaves that are no arrays (functions, Python numbers) count nothing.
+    Numbers of less than a byte are packed, leaf by leaf. Leaves that are no arrays (functions,
+    Python numbers) count nothing.
 
     >>> packed_bytes({"w": jax.ShapeDtypeStruct((3, 5), "float32")})
     60
+    >>> packed_bytes({"w": jax.ShapeDtypeStruct((3, 5), "int4")})
+    8
     """
     arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in arrays)
+    return sum(_stored_bytes(leaf) for leaf in arrays)
+
+
+def _stored_bytes(leaf: Any) -> int:
+    size = math.prod(leaf.shape)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return size * leaf.dtype.itemsize
+    return -(-size * stored_bits(leaf.dtype) // 8)
 
 
 def host(array: Any) -> np.ndarray:

@@ -119,8 +119,12 @@ def filled(
 
 
 def is_small(array: Any) -> bool:
-    """Whether an array, or its shape and dtype, lies in a pool where there are pools."""
-    return nbytes_of(np.dtype(array.dtype), tuple(array.shape)) < _SMALL_BYTES
+    """Whether an array, or its shape and dtype, lies in a pool where there are pools.
+
+    Elements of less than a byte do not: their arrays end within a byte.
+    """
+    dtype = np.dtype(array.dtype)
+    return dtype not in _BITS and nbytes_of(dtype, tuple(array.shape)) < _SMALL_BYTES
 
 
 def split_pools(

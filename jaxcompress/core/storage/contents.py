@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxcompress.core.packed import Grid, is_packed
 from jaxcompress.core.paths import leaves_with_paths
@@ -79,7 +80,9 @@ def laid_out(
     listed = {
         name: scheme
         for name, scheme in schemes.items()
-        if scheme.packed or container.is_small(arrays[name])
+        if scheme.packed
+        or container.is_small(arrays[name])
+        or arrays[name].dtype != np.dtype(scheme.dtype)  # codes of nibbles
     }
     text = {"leaves": table_text(listed)} if listed else {}
     header, entries = container.layout(

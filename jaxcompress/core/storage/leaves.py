@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxcompress.core.compressor import is_absent
 from jaxcompress.core.packed import Grid, Masked, QTensor, codes_shape, unpack
-from jaxcompress.core.pytrees import host
+from jaxcompress.core.pytrees import host, stored_bits
 from jaxcompress.core.storage import positions
 from jaxcompress.core.storage.scheme import (
     Scheme,
@@ -26,6 +26,7 @@ from jaxcompress.core.storage.scheme import (
     unquoted,
 )
 from jaxcompress.formats import Format, parse, shipped
+from jaxcompress.formats.bits import pack_bits, row_bytes, signed, unpack_bits
 
 
 def disassemble_grids(activations: Mapping[str, Grid]):
@@ -178,7 +179,7 @@ def part_avals(name: str, scheme: Scheme, formats: Mapping[str, Format]) -> dict
       ValueError: the parts of the scheme do not fit, or its format is unknown.
     """
     if not scheme.packed:
-        return {name: jax.ShapeDtypeStruct(scheme.shape, np.dtype(scheme.dtype))}
+        return {name: _plain_aval(scheme.shape, scheme.dtype)}
     found: dict[str, Any] = {}
     if scheme.nnz is not None:
         found |= positions.avals(name, scheme.shape, scheme.nnz, scheme.positions)
@@ -208,12 +209,44 @@ def disassemble(name: str, leaf: Any) -> tuple[dict[str, Any], Scheme]:
         if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(f"{name}: only arrays of numbers can be saved, got {kind}")
-        return {name: _host(leaf)}, plain_scheme(leaf.shape, np.dtype(leaf.dtype).name)
+        return {name: _plain(leaf)}, plain_scheme(leaf.shape, np.dtype(leaf.dtype).name)
     fields = _fields(name, leaf.format, leaf.qparams)
     parts = {f"{name}.codes": _host(leaf.codes)}
     parts |= {f"{name}.{field}": array for field, array in fields.items()}
     scheme = Scheme(leaf.format.name, leaf.granularity, tuple(leaf.shape), leaf.dtype, None, "")
     return parts, scheme
+
+
+def _is_nibbles(dtype: Any) -> bool:
+    """Whether a dtype is of integers of less than a byte, which the container has no name for."""
+    return jnp.issubdtype(dtype, jnp.integer) and stored_bits(dtype) < 8
+
+
+def _plain_aval(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What an array that is not packed is in a file: itself, or the codes of one row of nibbles."""
+    dtype = jnp.dtype(dtype)
+    if not _is_nibbles(dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct((row_bytes(math.prod(shape), stored_bits(dtype)),), np.uint8)
+
+
+def _plain(leaf: Any) -> Any:
+    if not _is_nibbles(leaf.dtype):
+        return _host(leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return _plain_aval(leaf.shape, leaf.dtype)
+    codes = host(leaf).astype(np.int8).reshape(-1).view(np.uint8)
+    return np.asarray(pack_bits(jnp.asarray(codes), stored_bits(leaf.dtype)))
+
+
+def _from_plain(array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    dtype = jnp.dtype(dtype)
+    if not _is_nibbles(dtype):
+        return array
+    bits = stored_bits(dtype)
+    codes = unpack_bits(jnp.asarray(array), bits, math.prod(shape))
+    numbers = signed(codes, bits) if jnp.iinfo(dtype).min < 0 else codes
+    return np.asarray(numbers).astype(dtype).reshape(shape)
 
 
 def _take(arrays: dict[str, np.ndarray], name: str, dtype: Any) -> jax.Array:
@@ -229,9 +262,10 @@ def assemble(
     """A leaf from its arrays, which leave `arrays`."""
     if not scheme.packed:
         array = arrays.pop(name)
-        if array.shape != scheme.shape or array.dtype != np.dtype(scheme.dtype):
+        stored = _plain_aval(scheme.shape, scheme.dtype)
+        if array.shape != stored.shape or array.dtype != stored.dtype:
             raise ValueError(f"it is {array.dtype} {array.shape}")
-        return array
+        return _from_plain(array, scheme.shape, scheme.dtype)
     shape, dtype = scheme.shape, scheme.dtype
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{dtype} needs jax_enable_x64")
