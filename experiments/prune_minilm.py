@@ -13,7 +13,6 @@ Result: experiments/results/prune_minilm.json.
 """
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -23,8 +22,7 @@ import jaxcompress as jc
 from experiments import sts
 from experiments._report import Options, Report, run
 from experiments.models import minilm
-from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.prune.calibrated import Share, quota_in_lines, top_of_spans
+from jaxcompress.prune.calibrated import Share
 from jaxcompress.prune.sparse_gpt import sparse_gpt
 from jaxcompress.prune.wanda import wanda
 from jaxcompress.quantize import Spec
@@ -45,18 +43,11 @@ class Args(Options):
 def by_magnitude(params: Any, share: Share) -> Any:
     """The params with the smallest weights of every kernel at zero."""
     if isinstance(share, float):
-        comp = jc.by_path({KERNELS: jc.prune.magnitude(share)}, default=jc.identity())
-        return comp.apply(params, comp.init(params))
-
-    def prune(path: str, w: jax.Array) -> jax.Array:
-        if not re.fullmatch(KERNELS, path):
-            return w
-        span, quota = quota_in_lines(share, len(w))
-        mask = top_of_spans(jnp.abs(w), jnp.ones(w.shape, bool), jnp.asarray(quota), span=span)
-        return jnp.where(mask, w, 0)
-
-    leaves = [prune(path, w) for path, w in leaves_with_paths(params)]
-    return jax.tree.structure(params).unflatten(leaves)
+        largest = jc.prune.magnitude(share)
+    else:
+        largest = jc.prune.magnitude(structure=jc.prune.n_m(*share))
+    comp = jc.by_path({KERNELS: largest}, default=jc.identity())
+    return comp.apply(params, comp.init(params))
 
 
 def main(args: Args, report: Report) -> dict[str, Any]:

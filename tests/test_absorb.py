@@ -11,7 +11,7 @@ from jax import lax
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.absorb import absorbable, channels_of, ranges, rescale
 from jaxcompress.graph.matrices import layers
-from jaxcompress.graph.normalizations import normalizations
+from jaxcompress.quantize import fold_batch_norm
 
 pytestmark = pytest.mark.broad
 
@@ -367,8 +367,10 @@ def test_normalizations_of_hand_written_code():
 
     params = {name: jnp.abs(normal(6, seed=k)) + 0.5 for k, name in enumerate(("scale", "var"))}
     params |= {"bias": normal(6), "mean": normal(6), "w": normal(4, 6), "out": normal(6, 2)}
-    ((absorption, factor),), refused = normalizations(fn, params, normal(5, 4))
-    want = np.float64(params["scale"]) / np.sqrt(np.float64(params["var"]) + 1e-3)
-    np.testing.assert_allclose(factor(params), want, rtol=1e-6)
-    assert paths(absorption.producers) == {"w", "mean"} and not refused
-    assert paths(absorption.consumers) == {"scale"}
+    x = normal(5, 4)
+    folded, small = fold_batch_norm(fn, params, [(x,)])
+    p = {name: np.float64(leaf) for name, leaf in params.items()}
+    scale = p["scale"] / np.sqrt(p["var"] + 1e-3)
+    hidden = np.maximum((np.float64(x) @ p["w"] - p["mean"]) * scale + p["bias"], 0)
+    np.testing.assert_allclose(folded(small, x), hidden @ p["out"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(small["w"], p["w"] * scale, rtol=1e-6)

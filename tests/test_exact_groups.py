@@ -114,6 +114,13 @@ EXACT: dict[str, Any] = {
         lax.reduce_window((x @ p["v"])[None], -jnp.inf, lax.max, (1, 2, 1), (1, 1, 1), "VALID")[0]
         @ p["w"]
     ),
+    "attention that leaves out what -inf marks": lambda p, x: (
+        jax.nn.softmax(jnp.where(jnp.tri(5) > 0, x @ x.T, -jnp.inf)) @ (x @ p["v"]) @ p["w"]
+    ),
+    "attention of the channels themselves": lambda p, x: (
+        (h := x @ p["v"]),
+        jax.nn.softmax(h @ h.T + jnp.where(jnp.tri(5) > 0, 0.0, -jnp.inf * 1.0)) @ h @ p["w"],
+    )[1],
     "padded with zeros": lambda p, x: (jnp.pad(x @ p["v"], ((1, 1), (0, 0))) @ p["w"]).sum(0),
 }
 INEXACT: dict[str, tuple[Any, str]] = {

@@ -119,7 +119,8 @@ def _evaluated(eqn: Any, constants: Sequence[Constant], scope: str) -> Known:
         value = _bound.__wrapped__(eqn.primitive, tuple(params.items()), dtypes, values)
     source = next((c.source for c in constants if c.source), "")
     why = ""
-    if not np.isfinite(value):
+    # What the program makes infinite, as a cast of -inf does, is no work of a mask.
+    if value != value or (source and not np.isfinite(value)):
         origin = next((c for c in constants if c.source), constants[0])
         why = next((c.why for c in constants if c.why), "")
         why = why or Place(eqn.primitive.name, scope).why(origin, value)

@@ -108,8 +108,9 @@ def _compare(closed: Any, skips: Skips) -> None:
                     jaxpr = inner.jaxpr
         if found != primitive:
             raise ValueError(
-                f"inputs: with these shapes the function computes other operations than where its "
-                f"normalizations were found ({found} for {primitive}); fold it with such inputs"
+                f"inputs: with these shapes and dtypes the function computes other operations than "
+                f"where its normalizations were found ({found} for {primitive}); fold it with "
+                "such inputs"
             )
 
 
