@@ -42,10 +42,10 @@ class Args(Options):
 
 def by_magnitude(params: Any, share: Share) -> Any:
     """The params with the smallest weights of every kernel at zero."""
-    if isinstance(share, float):
-        largest = jc.prune.magnitude(share)
-    else:
+    if isinstance(share, tuple):
         largest = jc.prune.magnitude(structure=jc.prune.n_m(*share))
+    else:
+        largest = jc.prune.magnitude(share)
     comp = jc.by_path({KERNELS: largest}, default=jc.identity())
     return comp.apply(params, comp.init(params))
 

@@ -369,8 +369,8 @@ def test_normalizations_of_hand_written_code():
     params |= {"bias": normal(6), "mean": normal(6), "w": normal(4, 6), "out": normal(6, 2)}
     x = normal(5, 4)
     folded, small = fold_batch_norm(fn, params, [(x,)])
-    p = {name: np.float64(leaf) for name, leaf in params.items()}
+    p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
     scale = p["scale"] / np.sqrt(p["var"] + 1e-3)
-    hidden = np.maximum((np.float64(x) @ p["w"] - p["mean"]) * scale + p["bias"], 0)
+    hidden = np.maximum((np.asarray(x, np.float64) @ p["w"] - p["mean"]) * scale + p["bias"], 0)
     np.testing.assert_allclose(folded(small, x), hidden @ p["out"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(small["w"], p["w"] * scale, rtol=1e-6)
