@@ -86,9 +86,9 @@ def forward(p: dict[str, Any], images: Array) -> tuple[Array, Array]:
     for i in range(LAYERS):
         block = p[f"block{i}"]
         size = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
-        y, unequal = mixture(block, x * size * block["scale"])
+        y, unequal = mixture(block, x * size * block["scale"][None])
         x, balance = x + y, balance + unequal / LAYERS
-    return x @ p["head"] + p["bias"], balance
+    return x @ p["head"] + p["bias"][None], balance
 
 
 def logits(p: dict[str, Any], images: Array) -> Array:
