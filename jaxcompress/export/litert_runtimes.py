@@ -128,7 +128,9 @@ def in_micro(content: bytes) -> Callable[..., tuple[np.ndarray, ...]]:
       ValueError: it refuses the file; it prints the reason.
     """
     try:
-        from tflite_micro.python.tflite_micro import runtime
+        from tflite_micro.python.tflite_micro import (  # pyright: ignore[reportMissingImports]
+            runtime,
+        )
     except ImportError as error:
         raise ImportError("tflite-micro is not installed: pip install tflite-micro") from error
     try:
