@@ -103,3 +103,31 @@ def test_results_keep_the_types_of_what_they_belong_to():
         assert types(run(params)) == ["bool[16@d,32]", "bool[32,8@d]"]
     with pytest.raises(Exception, match="(?i)shard"):  # what JAX says without it
         jnp.reshape(params["b"], (-1,))
+
+
+def _uncovered(params, x):
+    return jc.by_path({"a": jc.identity()}).init(params)
+
+
+def _unfolded(params, x):
+    return jc.quantize.fold_batch_norm(_normalized, params, [(x,)])
+
+
+def _normalized(params, x):  # a norm whose input is read by others too
+    h = x @ params["a"]
+    return h + (h - params["m"][None]) * jax.lax.rsqrt(params["v"] + 1e-3)[None]
+
+
+def _unequalized(params, x):
+    odd = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]  # of no scale to move
+    return jc.quantize.equalize(odd, params, [(x,)], RULES)
+
+
+@pytest.mark.parametrize("run", [_uncovered, jax.jit(_uncovered), _unfolded, _unequalized])
+def test_warnings_point_at_the_caller(run):
+    params, x = small()
+    if run is _unfolded:
+        params |= {"m": jnp.ones(32), "v": jnp.ones(32)}
+    with pytest.warns(UserWarning) as caught:
+        run(params, x)
+    assert {w.filename for w in caught} == {__file__}

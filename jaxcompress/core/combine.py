@@ -1,6 +1,5 @@
 """Combinators: one Compressor after another, and different ones for different leaves."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from jaxcompress.core.compressor import (
     is_float_array,
     quartet,
 )
+from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import (
     Masked,
     QTensor,
@@ -249,10 +249,9 @@ expressions that match the whole path)
     def init(params):
         uncovered = uncovered_weights(rules, params)
         if default is None and uncovered:
-            warnings.warn(
+            warn(
                 f"no rule covers these weights, they stay as they are: {', '.join(uncovered)} "
-                "(pass default=identity() if that is meant)",
-                stacklevel=2,
+                "(pass default=identity() if that is meant)"
             )
         return inner.init(params)
 

@@ -8,7 +8,6 @@ chosen when its turn comes, by |w_i| / U_ii: U_ii^2 = [(H_FF)^-1]_ii, F the inpu
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.core.hessian import damped, inverse_factor, loss_of, padded, padded_square
+from jaxcompress.core.notices import warn
 from jaxcompress.core.select import top_k_mask
 
 _ATTEMPTS = 4
@@ -154,10 +154,9 @@ def with_damping(run: Callable[[Array], Solved], damping: float, *, name: str) -
         result = run(jnp.float32(damp))
         if bool(jnp.all(jnp.isfinite(result.weights))):
             return result
-        warnings.warn(
+        warn(
             f"{name}: X^T X is not positive definite with damping {damp:.3g}; "
-            "trying ten times as much",
-            stacklevel=2,
+            "trying ten times as much"
         )
     raise ValueError(f"{name}: X^T X has no Cholesky factor at any damping")
 

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import secrets
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.files import replacing
+from jaxcompress.core.notices import warn
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.distill.storage import Dense, Storage
 from jaxcompress.graph.fingerprint import Unidentified, of_arrays, of_function, of_parts
@@ -162,10 +162,9 @@ def cached_outputs(
             parts["augmentation"] = f"{code} seed {seed}"
         name, known = of_parts(parts)[:32], True
     except Unidentified as error:
-        warnings.warn(
+        warn(
             f"the teacher or its augmentation cannot be identified: {error}; its outputs are "
-            "computed again in every run",
-            stacklevel=2,
+            "computed again in every run"
         )
         name, known = f".{secrets.token_hex(16)}", False
     files = tuple(Path(directory) / f"{name}-{epoch}.npy" for epoch in range(epochs))

@@ -9,7 +9,6 @@ with z - 128. An empty `scale` means that the range is found while the network r
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.formats.integer import Integer
@@ -144,10 +144,9 @@ def mark_weights(packed: Any) -> Any:
         if is_packed(leaf) and (why := why_unmarked(leaf) or _several_axes(leaf))
     ]
     if plain:
-        warnings.warn(
+        warn(
             f"export.mark_weights: unpacked, without a mark: {'; '.join(plain[:5])}"
-            + (f"; and {len(plain) - 5} more leaves" if len(plain) > 5 else ""),
-            stacklevel=2,
+            + (f"; and {len(plain) - 5} more leaves" if len(plain) > 5 else "")
         )
     leaves = [_marked(leaf) for _, leaf in flat]
     return jax.tree.unflatten(jax.tree.structure(packed, is_leaf=is_packed), leaves)

@@ -1,7 +1,6 @@
 """ONNX files: a network lowered from its trace, with the library's own grids and codes."""
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from jaxcompress.core.files import replacing
 from jaxcompress.core.meshes import on_one_device
+from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import is_packed, packed_bytes, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
@@ -247,11 +247,10 @@ def _larger(params: Any, graph: Graph, outputs: Sequence[Port]) -> tuple[Larger,
             rows.append(Larger(path, why, taken, least))
     floats = [row for row in rows if row.why]
     if floats:
-        warnings.warn(
+        warn(
             "export.onnx: stored as float32 though packed: "
             + "; ".join(f"{r.leaf!r} ({r.why}; {r.lost_bytes:,} bytes more)" for r in floats[:5])
-            + (f"; and {len(floats) - 5} more leaves" if len(floats) > 5 else ""),
-            stacklevel=4,  # of the caller of `onnx`, which is wrapped
+            + (f"; and {len(floats) - 5} more leaves" if len(floats) > 5 else "")
         )
     return tuple(rows)
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxcompress.core.notices import warn
 from jaxcompress.graph.matrices import Layer, reached, rows
 from jaxcompress.graph.sites import Tap
 from jaxcompress.graph.walk import walk
@@ -82,10 +82,9 @@ def blind_matrices(moments: Moments) -> list[str]:
 def warn_of_unseen(unseen: Sequence[str]) -> None:
     """Warns of the matrices that no row reached, if there are any."""
     if unseen:
-        warnings.warn(
+        warn(
             "no row of the data reaches these experts, which are rounded to nearest and pruned by "
-            f"magnitude: {', '.join(unseen)}",
-            stacklevel=5,
+            f"magnitude: {', '.join(unseen)}"
         )
 
 

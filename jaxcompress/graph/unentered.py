@@ -10,6 +10,8 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
 
+from jaxcompress.core.notices import warn
+
 
 class Unentered(UserWarning):
     """A network has contractions that a pass did not look into."""
@@ -29,9 +31,7 @@ def report(places: Iterable[str]) -> None:
     """
     places = tuple(dict.fromkeys(places))
     if places:
-        warnings.warn(
-            f"not looked into, left as they are: {'; '.join(places)}", Unentered, stacklevel=4
-        )
+        warn(f"not looked into, left as they are: {'; '.join(places)}", Unentered)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ papers' weights are columns here. n of m goes along the input channels, tap by t
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState, at_path, holds, is_float_array
+from jaxcompress.core.notices import warn
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.select import keep_count, top_k_mask
 from jaxcompress.core.sparse import kept_in_line
@@ -94,7 +94,7 @@ def targets(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    warn(message)
 
 
 def _checked_share(rule: str, share: Any) -> Share:

@@ -1,6 +1,5 @@
 """Scores of coupled channels by what their removal costs when the rest makes up for it."""
 
-import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.core.meshes import on_any_mesh
+from jaxcompress.core.notices import warn
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes_terms import places, size
@@ -156,10 +156,9 @@ def _warn_of(apart: Mapping[str, str], axes: Axes, names: Iterable[str]) -> None
         if any(axes.program.atoms[name] in atoms for name in names):
             left.append(f"{path} ({why})")
     if left:
-        warnings.warn(
+        warn(
             f"not fitted and not counted, since their uses have no inputs in common: "
-            f"{', '.join(left)}",
-            stacklevel=4,
+            f"{', '.join(left)}"
         )
 
 

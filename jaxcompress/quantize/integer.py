@@ -1,7 +1,6 @@
 """Networks that run in integers alone: codes in, int8 products into int32, codes out."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import Grid, unpack
 from jaxcompress.formats import Format, integer
 from jaxcompress.formats.bits import signed
@@ -211,11 +211,10 @@ def integer_only(
     flat = flatten(apply_fn, params, first, given)
     plan = lower(flat, integer_rules.RULES | integer_views.RULES)
     if plan.requantized:
-        warnings.warn(
+        warn(
             f"integer_only quantizes packed weights again, to {weights.name}: "
             f"{', '.join(plan.requantized)}; it keeps symmetric integers that reach their "
-            "contraction by views alone",
-            stacklevel=2,
+            "contraction by views alone"
         )
     rest = _of_one_shape(first, inputs)
     named = {n: name for n, name in _names(flat, plan).items() if n not in flat.fixed}

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxcompress.core.compressor import Compressor
 from jaxcompress.core.files import replacing
+from jaxcompress.core.notices import warn
 from jaxcompress.core.paths import leaves_with_paths, near_misses
 from jaxcompress.formats import Format
 from jaxcompress.graph import Graph, fingerprint
@@ -212,10 +212,7 @@ def _kept(cache: Any, identity: Callable[[], str]) -> dict[str, Any]:
     try:
         path, mark = Path(cache), identity()
     except fingerprint.Unidentified as error:
-        warnings.warn(
-            f"cache {cache} is not used: the function or a metric cannot be identified: {error}",
-            stacklevel=4,
-        )
+        warn(f"cache {cache} is not used: the function or a metric cannot be identified: {error}")
         return {}
     done = _Kept(path, mark)
     if path.exists():

@@ -1,12 +1,12 @@
 """What makes a run: its step, teacher, data and start, as rows that a checkpoint keeps."""
 
 import hashlib
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from jaxcompress.core.notices import warn
 from jaxcompress.graph.fingerprint import Unidentified, of_arrays, of_function
 from jaxcompress.graph.identity import describe, differences
 from jaxcompress.train.data import Batches
@@ -51,10 +51,9 @@ def made_by(
         rows["start.params"] = of_arrays((state.params, state.model_state))
     if unknown and not about:
         rows["unidentified"] = unknown[0]
-        warnings.warn(
+        warn(
             f"checkpoints of this run will not be resumed: {unknown[0]} cannot be identified; say "
-            "what it is in Checkpoints(about=...)",
-            stacklevel=3,
+            "what it is in Checkpoints(about=...)"
         )
     return rows
 

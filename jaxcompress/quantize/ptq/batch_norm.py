@@ -1,10 +1,10 @@
 """BatchNorm multiplied into the weights in front of it, and gone from the network."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxcompress.core.meshes import on_any_mesh
+from jaxcompress.core.notices import warn
 from jaxcompress.graph.capture import check_batches
 from jaxcompress.graph.edit import strong, without_operations
 from jaxcompress.graph.flat import Flat
@@ -68,7 +68,7 @@ def fold_batch_norm(
         folded = again
     if stay:
         reasons = "; ".join(f"{name}: {why}" for name, why in stay.items())
-        warnings.warn(f"not folded: {reasons}", stacklevel=2)
+        warn(f"not folded: {reasons}")
     return folded
 
 

@@ -4,7 +4,6 @@ Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias C
 1906.04721, section 4.2; here with the means of data instead of those of BatchNorm.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.meshes import on_any_mesh
+from jaxcompress.core.notices import warn
 from jaxcompress.graph.biases import Bias, biases_and_readers
 from jaxcompress.graph.capture import Moments, capture
 from jaxcompress.graph.matrices import Layer, layers_of
@@ -107,7 +107,7 @@ def _shared(program: Program, planned: Plan) -> list[_Added]:
             left[layer.path] = f" ({bias.path} is also read by {also})" if bias and also else ""
     if left:
         names = ", ".join(path + why for path, why in left.items())
-        warnings.warn(f"no bias to correct: {names}", stacklevel=3)
+        warn(f"no bias to correct: {names}")
     return chosen
 
 

@@ -1,12 +1,12 @@
 """Runs a solver over the layers of a network: inputs of the float or of the quantized one."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 from jax import Array
 
 from jaxcompress.core.compressor import CompressState
+from jaxcompress.core.notices import warn
 from jaxcompress.graph.capture import Moments
 from jaxcompress.graph.layerwise import Progress, matrices, solve_layers
 from jaxcompress.graph.matrices import Layer
@@ -59,10 +59,7 @@ def drive(
     planned = plan(apply_fn, params, data, spec)
     state = planned.recipe.init(params)
     if planned.apart:
-        warnings.warn(
-            f"rounded to nearest, since their uses have no inputs in common: {planned.apart}",
-            stacklevel=3,
-        )
+        warn(f"rounded to nearest, since their uses have no inputs in common: {planned.apart}")
 
     def solve_layer(layer: Layer, leaf: Array, moments: Moments) -> Array:
         nonlocal state

@@ -4,7 +4,6 @@ Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias C
 1906.04721, sections 4.1 and 4.2.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.meshes import on_any_mesh
+from jaxcompress.core.notices import warn
 from jaxcompress.graph.absorb import (
     Absorption,
     Elements,
@@ -75,7 +75,7 @@ def equalize(
     found, refused = absorbable(apply_fn, params, *planned.batches[0])
     groups = tuple(g for g in found if _weights(g.producers) and _weights(g.consumers))
     if not groups:
-        warnings.warn(f"nothing to equalize: {_reasons(refused)}", stacklevel=2)
+        warn(f"nothing to equalize: {_reasons(refused)}")
     scales = equal_scales(params, groups, iterations=iterations, tolerance=tolerance, limit=limit)
     for group, t in zip(groups, scales, strict=True):
         params = rescale(params, group, t)

@@ -1,7 +1,6 @@
 """Scales of inputs moved into the weights: SmoothQuant and AWQ."""
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.meshes import on_any_mesh
+from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import fake_quantize
 from jaxcompress.graph.absorb import Absorption, absorbable, ranges, rescale, slots, spread
 from jaxcompress.graph.capture import Moments, capture
@@ -142,7 +142,7 @@ def _judged(
         kept += [] if read else [number]
     if left:
         names = ", ".join(f"{path} (also read by {what})" for path, what in left.items())
-        warnings.warn(f"not scaled, since not only contractions read them: {names}", stacklevel=3)
+        warn(f"not scaled, since not only contractions read them: {names}")
     return [groups[k] for k in kept], [taking[k] for k in kept]
 
 
@@ -203,7 +203,7 @@ def _groups(
             taking.append(layers)
     if not groups:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-        warnings.warn(f"no input of these layers can be scaled: {reasons}", stacklevel=3)
+        warn(f"no input of these layers can be scaled: {reasons}")
     return groups[::-1], taking[::-1]
 
 

@@ -1,12 +1,12 @@
 """What post-training methods are told: formats by path, and what they find: layers and a recipe."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxcompress.core.combine import by_path
 from jaxcompress.core.compressor import Compressor, CompressState, identity, is_absent
+from jaxcompress.core.notices import warn
 from jaxcompress.formats import Format, Granularity, check_format, granularity_for
 from jaxcompress.graph.capture import Batches, check_batches
 from jaxcompress.graph.layerwise import leaf, match_layers, replaced
@@ -147,10 +147,7 @@ def plan(
     matched = match_layers(network, params, spec)
     read = {reader.path: reader.what for reader in network.readers}
     if matched.left:
-        warnings.warn(
-            f"rounded only, since no contraction takes them as they are: {matched.left}",
-            stacklevel=3,
-        )
+        warn(f"rounded only, since no contraction takes them as they are: {matched.left}")
     specs = {path: spec[rule] for path, rule in matched.rules.items()}
     found = matched.layers, matched.rules, specs, batches, matched.pools, matched.apart
     return Plan(recipe(spec), *found, read)
