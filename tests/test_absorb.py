@@ -374,3 +374,5 @@ def test_normalizations_of_hand_written_code():
     hidden = np.maximum((np.asarray(x, np.float64) @ p["w"] - p["mean"]) * scale + p["bias"], 0)
     np.testing.assert_allclose(folded(small, x), hidden @ p["out"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(small["w"], p["w"] * scale, rtol=1e-6)
+    assert sorted(small) == ["bias", "out", "w"]
+    np.testing.assert_allclose(small["bias"], p["bias"] - p["mean"] * scale, rtol=1e-5, atol=1e-6)

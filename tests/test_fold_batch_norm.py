@@ -120,6 +120,24 @@ def residual(p, x):
     return norm(p, h + jax.nn.relu(h @ p["b"]) @ p["c"], "bn") @ p["out"]
 
 
+def by_hand(p, x):
+    scale = p["bn_scale"] * lax.rsqrt(p["bn_var"] + 1e-3)
+    return jnp.tanh(x @ p["w"] * scale + (p["bn_bias"] - p["bn_mean"] * scale))
+
+
+def in_kernel(p, x):
+    scale = jax.jit(lambda a, b: a / jnp.sqrt(b + 1e-3))(p["bn_scale"], p["bn_var"])
+    return jnp.tanh(x @ (p["w"] * scale) + (p["bn_bias"] - p["bn_mean"] * scale))
+
+
+def stacked_by_hand(p, x):
+    return lax.scan(lambda h, row: (h + by_hand(row, h), None), x, p)[0]
+
+
+def weight_norm(p, x):
+    return x @ (p["w"] * (p["bn_scale"] / jnp.linalg.norm(p["w"], axis=0))) + p["bn_bias"]
+
+
 def stacked(p, x):
     def layer(h, row):
         y = jnp.einsum("bi,io->bo", h, row["w"]) + row["b"]
@@ -155,6 +173,15 @@ FOLDED = {
     "layers of a scan": (
         stacked, {"w": normal(3, 4, 4), "b": normal(3, 4), **statistics(3, 4)}, MATRIX,
         ["b", *BOTH],
+    ),
+    "a shift by hand": (by_hand, {"w": normal(4, 8), **statistics(8)}, MATRIX, BOTH),
+    "a factor in the kernel": (in_kernel, {"w": normal(4, 8), **statistics(8)}, MATRIX, BOTH),
+    "by hand in a scan": (
+        stacked_by_hand, {"w": normal(3, 4, 4), **statistics(3, 4)}, MATRIX, BOTH,
+    ),
+    "weight normalization": (
+        weight_norm, {"w": normal(4, 8), "bn_scale": normal(8), "bn_bias": normal(8)}, MATRIX,
+        ["bn_scale"],
     ),
     "in a call, rematerialized": (
         jax.checkpoint(jax.jit(dense)),
@@ -262,8 +289,37 @@ def test_what_stays_is_said(name):
     message = str(warning.message)
     assert message.startswith("not folded: ") and "bn_scale, bn_var: " in message
     assert why in message, message
-    jax.tree.map(np.testing.assert_array_equal, small, P)
+    # The factor stays, as one leaf: scale / sqrt(var + eps), computed once.
+    stay = {"two norms of one product": ["bn", "b2"], "a conditional": []}.get(name, ["bn"])
+    assert set(P) - set(small) == {f"{norm}_var" for norm in stay}
+    p = {key: np.asarray(leaf, np.float64) for key, leaf in P.items()}
+    once = {f"{n}_scale": p[f"{n}_scale"] / np.sqrt(p[f"{n}_var"] + 1e-5) for n in stay}
+    for key, leaf in small.items():
+        np.testing.assert_allclose(leaf, once.get(key, p[key]), rtol=1e-6)
     np.testing.assert_array_equal(first(small_fn(small, MATRIX)), first(fn(P, MATRIX)))
+
+
+def test_what_cannot_be_computed_once_is_said():
+    params = {"w": normal(4, 8), **statistics(8)}
+    half = {key: leaf.astype(jnp.bfloat16) for key, leaf in params.items()}
+    fine = lambda p: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), p)
+    cases = {
+        # A leaf of bfloat16 would round the float32 shift; the outer product has no leaf.
+        "no leaf among them has a place for its value, float32[8]": (
+            lambda p, x: by_hand(fine(p), x), half,
+        ),
+        "no leaf among them has a place for its value, float32[8,8]": (
+            lambda p, x: x @ p["w"] @ jnp.outer(p["bn_mean"], 1 / p["bn_bias"]), params,
+        ),
+        "bn_scale, w has another use too": (
+            lambda p, x: weight_norm(p, x) + x @ jnp.sin(p["w"]) * jnp.sin(p["bn_scale"]), params,
+        ),
+    }  # fmt: skip
+    for why, (fn, given) in cases.items():
+        with pytest.warns(UserWarning) as caught:
+            small_fn, small = jc.quantize.fold_batch_norm(fn, given, [(MATRIX,)])
+        assert why in str(caught[0].message) and len(caught) == 1, str(caught[0].message)
+        np.testing.assert_allclose(small_fn(small, MATRIX), fn(given, MATRIX), atol=0.05)
 
 
 def test_in_front_of_a_padded_convolution_and_others_are_folded():
@@ -273,7 +329,7 @@ def test_in_front_of_a_padded_convolution_and_others_are_folded():
     params = {**P, "k": normal(3, 3, 4, 2)}
     with pytest.warns(UserWarning, match=r"not folded: bn_scale, bn_var: k behind it pads its in"):
         _, small = jc.quantize.fold_batch_norm(fn, params, [(IMAGE,)])
-    assert set(params) - set(small) == {"b2_mean", "b2_scale", "b2_var"}
+    assert set(params) - set(small) == {"b2_mean", "b2_scale", "b2_var", "bn_var"}
 
 
 def test_norms_of_inputs_are_none():

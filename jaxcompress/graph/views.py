@@ -184,3 +184,5 @@ _VIEWS: dict[str, _View] = {
         _SAME,
     ),
 }
+VIEWS = frozenset(_VIEWS)
+"""Names of the operations that give views of their first operand."""
