@@ -5,7 +5,7 @@ goes into one of the leaves that it is made of, one that reaches it through oper
 shape and dtype; these are then left out (`edit`), and leaves that nothing else needs are gone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
