@@ -1,5 +1,6 @@
 """Folded normalizations are gone: from the tree, from the bytes, from the program."""
 
+import importlib.util
 import warnings
 from typing import Any
 
@@ -396,3 +397,36 @@ def test_transforms():
     loss = lambda fn: lambda p: jnp.sum(fn(p, MATRIX) ** 2)
     got, old = jax.grad(loss(fn))(small)["out"], jax.grad(loss(dense))(params)["out"]
     np.testing.assert_allclose(got, old, rtol=1e-4, atol=1e-3)
+
+
+def test_exporters_and_methods_take_what_is_folded(tmp_path):
+    params = {"w": normal(4, 6), "b": normal(6), "out": normal(6, 2), **statistics(6)}
+    p = {key: np.asarray(leaf, np.float64) for key, leaf in params.items()}
+    x = np.asarray(MATRIX, np.float64)
+    hidden = (x @ p["w"] + p["b"] - p["bn_mean"]) / np.sqrt(p["bn_var"] + 1e-5)
+    want = np.maximum(hidden * p["bn_scale"] + p["bn_bias"], 0) @ p["out"]
+
+    def net(p, x):
+        return jax.nn.relu(norm(p, x @ p["w"] + p["b"], "bn")) @ p["out"]
+
+    fn, small = jc.quantize.fold_batch_norm(net, params, [(MATRIX,)])
+    size = jc.packed_bytes(small)
+    assert size == 4 * (4 * 6 + 6 + 6 * 2)
+    assert jc.cost.estimate(fn, small, MATRIX, device="stm32h743").weight_bytes == size
+
+    def close(got, share):
+        np.testing.assert_allclose(np.asarray(got), want, atol=share * np.abs(want).max())
+
+    spec = {"w|out": jc.quantize.Spec(jc.formats.integer(8), axis=-1)}
+    new, state = jc.quantize.gptq(fn, small, [(MATRIX,)], spec)
+    packed = jc.quantize.recipe(spec).pack(new, state)
+    close(fn(jc.unpack(packed), MATRIX), 0.02)
+    program = jc.quantize.integer_only(fn, small, [(MATRIX,)])
+    close(program.dequantize(program.run(program.quantize_input(MATRIX))), 0.05)
+    writers = {"stablehlo": jc.export.stablehlo, "onnx": jc.export.onnx}
+    if importlib.util.find_spec("ai_edge_litert") and importlib.util.find_spec("litert_converter"):
+        writers["tflite"] = jc.export.litert
+    for suffix, write in writers.items():
+        path = tmp_path / f"f.{suffix}"
+        write(fn, small, MATRIX, path=path)
+        close(jc.export.session(path).run(np.asarray(MATRIX))[0], 1e-5)
