@@ -89,6 +89,21 @@ def test_an_empty_batch_is_no_calibration(calibrate):
     assert quantize.fake_quant(jnp.ones((0, 4)), integer(8), calibrate=calibrate).shape == (0, 4)
 
 
+@pytest.mark.parametrize("how", [{}, {"inputs": "quantized"}, {"groups": "current"}])
+def test_weights_of_no_elements_change_nothing(how):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    w, x, spec = draw(6, 3), draw(20, 6), {".*": quantize.Spec(integer(4), group=3)}
+    params = {"w": w, "out": draw(6, 0), "in": draw(0, 4)}
+    fn = lambda p, x: (x @ p["w"], x @ p["out"] @ p["in"])
+    got = quantize.recipe(spec).apply(*quantize.gptq(fn, params, [(x,)], spec, **how))
+    alone = quantize.gptq(lambda p, x: x @ p["w"], {"w": w}, [(x,)], spec, **how)
+    np.testing.assert_array_equal(got["w"], quantize.recipe(spec).apply(*alone)["w"])
+    assert got["out"].shape == (6, 0) and got["in"].shape == (0, 4)
+    act = quantize.activations(fn, integer(8))
+    assert list(quantize.calibrate_activations(act, params, [(x,)])) == ["w"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_averages_of_params_are_float32(dtype):
     params = {"w": jnp.zeros(2, dtype)}

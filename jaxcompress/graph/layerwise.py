@@ -75,7 +75,8 @@ def match_layers(
     report(found.unentered)
     left = ", ".join(sorted(set(taken) - {layer.path for layer in chosen}))
     refused = "; ".join(f"{site}: {why}" for site, why in found.refused.items())
-    found_pools = pools(chosen, found.readers)
+    # A weight of no elements has nothing to solve.
+    found_pools = pools([layer for layer in chosen if layer.index.size], found.readers)
     apart = ", ".join(f"{path} ({why})" for path, why in found_pools.apart.items())
     left += f" ({refused})" if left and refused else ""
     return Matched(chosen, taken, left, found_pools.pools, apart)

@@ -56,12 +56,19 @@ def with_activations(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def float_taps(graph: Graph) -> list[Tap]:
-    """The taps that can be put on a grid: integers (positions, masks) and complex numbers stay.
+    """The taps that can be put on a grid: integers (positions, masks) and complex numbers stay, and
+    so does what meets a weight of no elements.
 
     Warns of contractions that could not be looked into.
     """
     report(graph.unentered)
-    return [tap for tap in graph.taps if tap.is_float]
+    return [tap for tap in graph.taps if tap.is_float and not _meets_nothing(tap)]
+
+
+def _meets_nothing(tap: Tap) -> bool:
+    # Of the weight, not of the tap: an empty batch is an error, which `observe` and `grids` say.
+    weight = tap.site.weight
+    return weight is not None and 0 in tap.site.operands[weight].shape
 
 
 def chosen_taps(graph: Graph, sites: str) -> list[Tap]:

@@ -27,7 +27,7 @@ class Budget:
       others: limits of any further costs, by name; sums.
 
     Raises:
-      ValueError: a limit is negative or NaN, or `others` repeats a field.
+      ValueError: a limit is negative or not finite, or `others` repeats a field.
 
     >>> Budget(weight_bytes=60_000, latency_s=0.1).limits
     {'weight_bytes': 60000, 'latency_s': 0.1}
