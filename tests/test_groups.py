@@ -70,6 +70,13 @@ def test_taylor_and_fisher_are_squares_of_g_w():
     each = [by_hand(g_w(X[i : i + 1], Y[i : i + 1])) for i in range(6)]
     mean = {n: jnp.mean(jnp.stack([jnp.square(e[n]) for e in each]), 0) for n in whole}
     same(group_fisher(FOUND, loss, PARAMS, [(X[:2], Y[:2]), (X[2:], Y[2:])]), mean)
+    # what is skipped is no part of the sum
+    without = lambda x, y: by_hand(g_w(x, y) | {"bias": np.zeros(4)})
+    whole = {n: jnp.square(s) for n, s in without(X, Y).items()}
+    same(group_taylor(FOUND, loss, PARAMS, [(X, Y)], skip="bias"), whole)
+    each = [without(X[i : i + 1], Y[i : i + 1]) for i in range(6)]
+    mean = {n: sum(jnp.square(e[n]) for e in each) / 6 for n in whole}
+    same(group_fisher(FOUND, loss, PARAMS, [(X, Y)], skip="bias"), mean)
 
 
 def test_gates_of_zero_and_one_are_masks():

@@ -68,7 +68,7 @@ def test_shipping_runs_as_printed(tmp_path, monkeypatch, capsys):
     )
     for row in measured.values():  # the same integers, up to the rounding of accumulators
         step = float(program.grids[program.output].qparams.scale)
-        assert (row.largest_difference or 0.0) < 2.5 * step
+        assert row.largest_difference is not None and row.largest_difference < 2.5 * step
     assert {f.name for f in tmp_path.iterdir()} == {
         "int8.onnx", "int4.onnx", "dynamic.onnx",
         "int8.tflite", "micro.tflite", "dynamic.tflite", "model.stablehlo",
