@@ -131,3 +131,13 @@ def test_what_cannot_be_kept_is_said(trained):
         else:
             with pytest.warns(UserWarning, match="packed weights again, to int8: w;"):
                 integer_only(fn, other, [f32(3, 8)])
+
+
+def test_contractions_without_a_grid_are_named(trained):
+    packed, grids, x = trained
+    some = {name: grids[name] for name in ("a", "c")}
+    with pytest.warns(UserWarning, match="the ranges of batches stand in for it: b$"):
+        program = integer_only(network, packed, [x], grids=some)
+    kept = [g.qparams.scale for g in program.grids]
+    for name in some:  # those that are given stay
+        assert any(s == some[name].qparams.scale.ravel()[0] for s in kept)

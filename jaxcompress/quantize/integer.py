@@ -181,7 +181,7 @@ def integer_only(
       grids: {name of a contraction: grid of what enters it}, as `quantizer.grids(state)` of trained
         activations gives: they are kept, and codes there are those of the fake quantization, but
         for ties. Everything else, results of additions and of the network say, gets a grid from
-        `batches`.
+        `batches`; contractions that `grids` leaves out do too, and a warning names them.
 
     Raises:
       TypeError: a format that is no `formats.integer`; inputs that are not floating point.
@@ -208,6 +208,11 @@ def integer_only(
     if grids:
         names = [tap.name for tap in trace(apply_fn, unpack(params), first).taps]
         given = check_grids(grids, names, symmetric=activations.symmetric)
+        if rest_of := [name for name in names if name not in given]:
+            warn(
+                "integer_only(grids): no grid of what enters these contractions, the ranges of "
+                f"batches stand in for it: {', '.join(rest_of)}"
+            )
     flat = flatten(apply_fn, params, first, given)
     plan = lower(flat, integer_rules.RULES | integer_views.RULES)
     if plan.requantized:
