@@ -1,8 +1,11 @@
 """What costs rest on: runtime, version, fit and interval of a small device file, by hand."""
 
+import io
+
 import _cost
 import jax.numpy as jnp
 import pytest
+import rich.console
 from _cost import SHAPE, dense
 
 from jaxcompress import cost
@@ -94,3 +97,34 @@ def test_hexagon_has_a_cost_per_layer():
     (layer,) = [x for x in got.layers if x.op]
     assert layer.overhead_s == 1.1e-6 and layer.bound == "overhead"
     assert "SqueezeNet" in " ".join(got.notes) and layer.outside
+
+
+@pytest.mark.parametrize("name", cost.devices())
+def test_every_device_says_what_its_latency_rests_on(name):
+    device = cost.device(name)
+    types = {(r.weight, r.activation) for r in device.throughput if r.op in ("", "dense", "conv")}
+    weight, activation = sorted(types, key=lambda t: (t[0] != "int8", t[1] != "int8", t))[0]
+    numbers = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+    w = SHAPE((64, 64), numbers.get(weight, jnp.int8))
+    x = SHAPE((1, 64), numbers.get(activation, jnp.int8))
+    got = cost.estimate(dense, {"w": w}, x, device=device)
+    low, high = got.interval_s
+    assert got.runtime == device.runtime and 0 < low < got.latency_s < high
+    said = [note for note in got.notes if note.startswith(f"runtime {got.runtime} ")]
+    assert len(said) == 1 and (got.version or "of unknown version") in said[0]
+    assert ("fitted on" in said[0]) == (device.fit is not None)
+    table = io.StringIO()
+    cost.table(got, rich.console.Console(file=table, width=200))
+    words = "fitted on" if device.fit else "the file names no fit to measured networks"
+    assert words in " ".join(table.getvalue().split())
+
+
+def test_a_calibrated_device_says_so_and_no_more_that_it_is_not(tmp_path):
+    before = _estimate(_cost.hand(tmp_path), 8)
+    assert any("assumed" in note for note in before.notes)
+    calibration = cost.calibrate([(before, 2 * before.latency_s)])
+    got = _estimate(calibration.apply(before.device), 8)
+    assert got.latency_s == pytest.approx(2 * before.latency_s)
+    assert got.interval_s == pytest.approx(calibration.interval_s(before))
+    assert any("calibrated by 1 measurements of the device" in note for note in got.notes)
+    assert not any("assumed" in note or "rates are peaks" in note for note in got.notes)

@@ -94,6 +94,7 @@ class Calibration(NamedTuple):
             throughput=tuple(map(rate, device.throughput)),
             memories=memories,
             overhead=slower(device.overhead, mean),
+            calibrated=self.measurements,
             call=None if device.call is None else slower(device.call, mean),
         )
 

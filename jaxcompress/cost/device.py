@@ -118,6 +118,8 @@ class Device:
         gathered patches ("vector"); of whose multiples they gather fast ("packet").
       version: of the runtime that was measured; "" if it is not known.
       fit: what the rates were fitted on; None: no measured network, or none that the file names.
+      calibrated: measurements of the device itself that its rates were brought to, see
+        `calibrate`; 0: the rates are those of the file.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Device:
     alignment: Mapping[str, Quantity] = field(default_factory=dict)
     version: str = ""
     fit: Measurements | None = None
+    calibrated: int = 0
 
     def available(self, memory: str) -> int:
         """Bytes of a memory that are free for the network."""

@@ -328,7 +328,7 @@ def _notes(seen: Analysis, inputs: Any, rows: list[_Row]) -> tuple[str, ...]:
     strange = [f"{row.layer.name} ({row.layer.outside})" for row in rows if not row.layer.in_fit]
     if strange and device.fit is not None:
         notes.append(f"outside the fit: {_some(strange)}")
-    if device.rates == "peak":
+    if device.rates == "peak" and not device.calibrated:
         notes.append("rates are peaks: kernels reach less, so compute times are lower bounds")
     notes.append(f"kernels are fused as {fusion!r}; peak bytes by liveness of what lies in between")
     used = {row.rate.key: row.rate for row in rows if row.rate is not None}.values()

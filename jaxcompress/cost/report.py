@@ -84,7 +84,8 @@ def _of_layers(cost: Cost, layers: Iterable[LayerCost], rich: Any) -> Any:
     title = f"{cost.device.name} ({cost.device.runtime})"
     low, high = cost.interval_s
     within = f"latency {si(low, 's')} to {si(high, 's')}"
-    caption = "\n".join([cost.verdict(), within, *fallbacks(cost.layers)])
+    rests_on = [note for note in cost.notes if note.startswith(("runtime ", "outside the fit"))]
+    caption = "\n".join([cost.verdict(), within, *rests_on, *fallbacks(cost.layers)])
     # Narrow enough for 80 columns.
     style = {"box": rich.box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     grid = rich.table.Table(title=title, caption=caption, show_footer=True, **style)
