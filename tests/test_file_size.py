@@ -1,11 +1,13 @@
 """Headers are short, and sizes of files are known before they are written."""
 
+import dataclasses
 import json
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from _trees import bits_equal
@@ -185,3 +187,52 @@ def test_arrays_of_nibbles_take_their_bits(tmp_path, dtype, low, high, payload):
     for name, x in numbers.items():
         assert found[name].dtype == dtype
         np.testing.assert_array_equal(np.asarray(found[name]).astype(np.float32), x)
+
+
+@pytest.mark.parametrize(
+    "dtype, low, high, wider", [("int4", -8, 8, 1), ("uint4", 0, 16, 2), ("int8", -8, 8, 1)]
+)
+def test_integers_that_no_method_packed_are_codes_in_every_file(tmp_path, dtype, low, high, wider):
+    # As others' quantizers leave them: whole numbers, a zero point, a scale for each output.
+    rng = np.random.default_rng(0)
+    codes, x = rng.integers(low, high, (64, 64)), rng.normal(size=(4, 64)).astype(np.float32)
+    scale = rng.uniform(0.1, 0.2, (1, 64)).astype(np.float32)
+    params = {"w": jnp.asarray(codes, dtype), "scale": jnp.asarray(scale)}
+    fn = lambda p, x: x @ (p["w"].astype(jnp.float32) * p["scale"])
+    want = x.astype(np.float64) @ (codes * scale.astype(np.float64))
+    payload = jc.packed_bytes(params)
+    for kind, suffix, more in (("onnx", "onnx", 800), ("litert", "tflite", 2000)):
+        path = tmp_path / f"a.{suffix}"
+        write = lambda kind=kind, path=path: getattr(jc.export, kind)(
+            fn, params, jnp.asarray(x), path=path
+        )
+        if kind == "litert" and wider > 1:
+            with pytest.warns(UserWarning, match="'w' .int8: LiteRT has no uint4; up to 2,048 byt"):
+                report = write()
+            assert report.widened == {"w": "int8: LiteRT has no uint4"}
+        else:
+            write()
+        # 64 x 64 float32 are 16,384 bytes
+        assert path.stat().st_size < payload * (wider if kind == "litert" else 1) + more
+        (found,) = jc.export.session(path).run(x)
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
+    jc.export.stablehlo(fn, params, jnp.asarray(x), path=tmp_path / "a.stablehlo")
+    assert (tmp_path / "a.stablehlo").stat().st_size < payload + 7500
+    found = jc.export.load_stablehlo(tmp_path / "a.stablehlo")(x)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "dtype, instead", [("uint2", "int4"), ("uint4", "uint8"), ("float8_e4m3", "bfloat16")]
+)
+def test_leaves_that_orbax_cannot_store_are_named_before_anything_is_written(
+    tmp_path, dtype, instead
+):
+    step = jc.train.make_step(jc.train.stateless(lambda p, x: x @ p["w"]), optax.sgd(0.1))
+    state = jc.train.create({"w": jnp.ones((4, 2))}, jc.identity(), optax.sgd(0.1))
+    state = dataclasses.replace(state, model_state={"codes": jnp.ones((3, 5), dtype)})
+    data = jc.train.batches((np.eye(4, dtype="f4"), np.arange(4) % 2), size=2, seed=0)
+    there = tmp_path / "run"
+    with pytest.raises(TypeError, match=rf"model_state/codes: .* {dtype}\[3, 5\]; .* {instead},"):
+        jc.train.fit(step, state, data, steps=1, checkpoints=jc.train.Checkpoints(there))
+    assert not there.exists()

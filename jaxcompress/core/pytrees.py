@@ -27,6 +27,15 @@ def stored_bits(dtype: Any) -> int:
     return (jnp.iinfo(dtype) if is_integer else jnp.finfo(dtype)).bits
 
 
+def is_nibbles(dtype: Any) -> bool:
+    """Whether a dtype is of integers of less than a byte, several of which share one in files.
+
+    >>> is_nibbles("uint4"), is_nibbles("int8")
+    (True, False)
+    """
+    return jnp.issubdtype(dtype, jnp.integer) and stored_bits(dtype) < 8
+
+
 def packed_bytes(tree: Any) -> int:
     """Exact bytes of all arrays of a tree, packed or not; shapes and dtypes suffice.
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from jaxcompress.core.files import replacing
 from jaxcompress.core.meshes import on_one_device
+from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import Grid, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.pytrees import is_nibbles, packed_bytes
 from jaxcompress.export.litert_convert import convert, converter
 from jaxcompress.export.litert_file import Contents, Operator, Tensor, contents, integer_interface
 from jaxcompress.export.litert_runtimes import RUNTIMES, Runtime, check_micro, in_micro
@@ -69,7 +71,8 @@ def litert(
 
     Args:
       model: an `IntegerProgram`, or a pure function (params, *inputs) -> arrays.
-      *arguments: of a function, its params (packed, or arrays: float32 then) and inputs. Of a
+      *arguments: of a function, its params (packed, or arrays: float32, or integers that the file
+        holds as they are, in int4 or int8) and inputs. Of a
         program nothing, which is one row, or an input of the shape that is wanted. Inputs are
         arrays or `jax.ShapeDtypeStruct`s: their shapes, batch included, are those of the file.
       path: conventionally `*.tflite`.
@@ -127,7 +130,21 @@ def litert(
         shown = _verified(content, source, trial, found, runtime)
     with replacing(path) as file:
         file.write(content)
+    if not isinstance(model, IntegerProgram):
+        _warn_of_nibbles(arguments[0], source.widened)
     return LiteRT(Path(path), len(content), *found, shown, source.widened)
+
+
+def _warn_of_nibbles(params: Any, widened: Mapping[str, str]) -> None:
+    # Of arrays of int4 and the like that take a byte or more; what is packed is in the report.
+    said = []
+    for path, leaf in leaves_with_paths(params, is_leaf=is_packed):
+        if not is_packed(leaf) and is_nibbles(leaf.dtype) and path in widened:
+            bits = 8 if widened[path].startswith("int8") else 32
+            lost = leaf.size * bits // 8 - packed_bytes(leaf)
+            said.append(f"{path!r} ({widened[path]}; up to {lost:,} bytes more)")
+    if said:
+        warn(f"litert: stored wider than they are: {'; '.join(said)}")
 
 
 class _Source(NamedTuple):

@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 from jaxcompress.core.packed import QTensor, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.pytrees import stored_bits as stored_width
 from jaxcompress.export.litert_convolutions import (
     convolved,
     in_two_dimensions,
@@ -70,14 +71,17 @@ def marked_weights(
       ValueError: the steps of a weight vary along an axis along which a runtime has one.
     """
     flat = leaves_with_paths(packed, is_leaf=is_packed)
-    weights = [_weight(name, leaf) if is_packed(leaf) else leaf for name, leaf in flat]
+    weights = [_weight(name, leaf) if is_packed(leaf) else _raw(name, leaf) for name, leaf in flat]
     arrays = [w.array if isinstance(w, Weight) else w for w in weights]
     params = jax.tree.unflatten(jax.tree.structure(packed, is_leaf=is_packed), arrays)
+    wide = {} if widened is None else widened
+    raw = [w for w in weights if isinstance(w, Weight) and stored_width(w.array.dtype) < w.bits]
+    wide.update((w.name, f"int8: LiteRT has no {w.array.dtype}") for w in raw if w.bits == 8)
 
     def marked(*inputs: Any) -> Any:
         closed, out = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
         values = [*weights, *jax.tree.leaves(inputs)]
-        evaluation = _Evaluation(dynamic, runtime, {} if widened is None else widened)
+        evaluation = _Evaluation(dynamic, runtime, wide)
         results = evaluation.run(compat.body(closed), values)
         return jax.tree.unflatten(jax.tree.structure(out), list(map(_marked, results)))
 
@@ -93,6 +97,18 @@ def _weight(name: str, leaf: Any) -> Weight:
     form: Any = values.format
     narrow = form.narrow or form.bits not in (4, 8)
     return Weight(name, array, np.broadcast_to(step, array.shape), stored_bits(leaf), narrow)
+
+
+def _raw(name: str, leaf: Any) -> Any:
+    """An array of integers that int4 or int8 hold, in steps of 1; other arrays as they are."""
+    array = np.asarray(leaf)
+    if array.ndim < 2 or not array.size or not jnp.issubdtype(array.dtype, jnp.integer):
+        return leaf
+    least, most = jnp.iinfo(array.dtype).min, jnp.iinfo(array.dtype).max
+    if least < -128 or most > 127:
+        return leaf
+    bits = 4 if least >= -8 and most <= 7 else 8
+    return Weight(name, array, np.ones(array.shape, np.float32), bits, False)
 
 
 def _axes(w: Weight) -> list[int]:
@@ -148,7 +164,13 @@ class _Evaluation:
             return self.run(compat.call_body(eqn), values)
         if name == "scan" and eqn.params["length"]:
             return self._scan(eqn, values)
+        if name not in _VIEWS and name not in _PICKS:  # only numbers lie on grids of the runtime
+            values = [self._whole(eqn, x) for x in values]
         weights = [isinstance(x, Weight) for x in values]
+        if name == "mul" and sum(weights) == 1:
+            scaled = _scaled(*values)
+            if scaled is not None:
+                return [scaled]
         if name == compat.CONV and not weights[0]:
             return [self._conv(eqn, *values)]
         if name == "pad" and not any(weights):
@@ -164,12 +186,22 @@ class _Evaluation:
                 rest = values[1:]
                 if not any(isinstance(x, Tracer) for x in rest):
                     return _viewed(eqn, values[:1], rest)
-            if name == "gather" and weights == [True, False] and _is_lookup(eqn, *values):
+            lookup = name == "gather" and weights == [True, False] and not _is_integer(values[0])
+            if lookup and _is_lookup(eqn, *values):
                 return [_looked_up(*values)]
         return compat.evaluate(eqn, [self._moved(eqn, x) for x in values])
 
+    def _whole(self, eqn: Any, x: Any) -> Any:
+        # Integers that an operation computes with as integers are constants like others.
+        if not _is_integer(x):
+            return x
+        self.widened[x.name] = f"whole numbers: {eqn.primitive.name} of it is computed beforehand"
+        return jnp.asarray(x.array)
+
     def _moved(self, eqn: Any, x: Any) -> Any:
         # The runtime moves codes, and has no steps of their own for parts that were moved.
+        if _is_integer(x):
+            return self._whole(eqn, x)
         if isinstance(x, Weight) and _axes(x) and eqn.primitive.name in _MOVES:
             self.widened[x.name] = f"float32: LiteRT has no {eqn.primitive.name} of its steps"
             return jnp.asarray(x.array)
@@ -275,6 +307,25 @@ class _Evaluation:
             moved, scale=attributes["scale"], zero_point=attributes["zero_point"],
             bits=int(attributes["dtype"][1:]), narrow=attributes["narrow_range"],
         )  # fmt: skip
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, Weight) and jnp.issubdtype(x.array.dtype, jnp.integer)
+
+
+def _scaled(x: Any, y: Any) -> Weight | None:
+    """The product of a weight and a constant, if it has steps along one axis at most."""
+    w, factor = (x, y) if isinstance(x, Weight) else (y, x)
+    if isinstance(factor, Tracer):
+        return None
+    factor = np.asarray(factor)
+    step = w.step * np.abs(factor.astype(np.float32))
+    if not (np.isfinite(step) & (step > 0)).all():
+        return None
+    found = w._replace(array=np.asarray(w.array * factor), step=step)
+    # A factor below 0 turns the lowest code around, which the others have no room for.
+    turned = np.rint(found.array / step).max(initial=0) > 2 ** (w.bits - 1) - 1
+    return None if len(_axes(found)) > 1 or turned else found
 
 
 def _is_lookup(eqn: Any, table: Weight, indices: Any) -> bool:

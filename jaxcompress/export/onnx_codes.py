@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcompress.core.packed import Masked, QTensor, dense, unsigned_codes
+from jaxcompress.core.packed import Masked, QTensor, dense, is_packed, unsigned_codes
+from jaxcompress.core.pytrees import is_nibbles, stored_bits
 from jaxcompress.export.onnx_graph import Graph
 from jaxcompress.export.onnx_stored import blockwise, indices, of_packed, opened
 from jaxcompress.formats.integer import Integer
@@ -22,6 +23,7 @@ class Codes(NamedTuple):
       bits: at most 8: codes lie in [-2**(bits - 1), 2**(bits - 1)).
       block: along each axis, elements of a block; the last one may have fewer.
       leaf: path of the packed leaf that holds them.
+      dtype: of x; integers below a byte are floats in the file, which has none to compute with.
     """
 
     codes: np.ndarray
@@ -30,6 +32,7 @@ class Codes(NamedTuple):
     bits: int
     block: tuple[int, ...]
     leaf: str = ""
+    dtype: Any = np.dtype(np.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,9 +60,9 @@ class Codes(NamedTuple):
         return found.scale, found.zero
 
     def array(self) -> np.ndarray:
-        """The numbers, float32: as `jc.unpack` gives them."""
+        """The numbers: as `jc.unpack` gives them."""
         scale, zero = self.expanded()
-        return (self.codes - zero).astype(np.float32) * scale
+        return ((self.codes - zero).astype(np.float32) * scale).astype(self.dtype)
 
     def unpacked(self, why: str) -> np.ndarray:
         """The same as an array that remembers its leaf, and why it is packed no more."""
@@ -207,15 +210,27 @@ def _leading(sizes: tuple[int, ...], scales: tuple[int, ...]) -> bool:
 def of_leaf(leaf: Any, path: str = "") -> Any:
     """What a leaf of the params is in the file: `Codes`, `Stored`, or the array itself.
 
-    Integers in blocks along their axes are `Codes`; other packed leaves, and arrays of 16 bits,
-    are `Stored`: their numbers are computed in the file from what is kept.
+    Integers in blocks along their axes are `Codes`, and arrays of `int4` and the like; other packed
+    leaves, and arrays of 8 or 16 bits, are `Stored`: their numbers are computed in the file from
+    what is kept.
     """
     form = dense(leaf) if isinstance(leaf, Masked) else leaf
     if isinstance(form, QTensor) and isinstance(form.format, Integer) and form.format.bits <= 8:
         layout = _blocks(form)
         if layout is not None and form.dtype == "float32":
             return _of_integers(form, *layout)._replace(leaf=path)
+    if not is_packed(leaf) and is_nibbles(leaf.dtype) and np.size(leaf):
+        return _of_nibbles(np.asarray(leaf), path)
     return of_packed(leaf, path)
+
+
+def _of_nibbles(array: np.ndarray, path: str) -> Codes:
+    # Integers of less than a byte, as they are: the scale is 1.
+    bits, dtype = stored_bits(array.dtype), array.dtype
+    zero = 0 if np.int8(-1).astype(dtype) < 0 else -(2 ** (bits - 1))
+    one = (1,) * array.ndim
+    codes, zeros = array.astype(np.int8) + np.int8(zero), np.full(one, zero, np.int32)
+    return Codes(codes, np.ones(one, np.float32), zeros, bits, array.shape, path, dtype)
 
 
 def _of_integers(leaf: QTensor, order: tuple[int, ...], shape: Any, block: Any) -> Codes:

@@ -15,6 +15,7 @@ from jaxcompress.core.meshes import on_one_device
 from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import is_packed, packed_bytes, unpack
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.pytrees import stored_bits
 from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
     onnx_composed,
     onnx_conv,
@@ -240,7 +241,7 @@ def _larger(params: Any, graph: Graph, outputs: Sequence[Port]) -> tuple[Larger,
     sizes = graph.leaf_bytes([port.name for port in outputs])
     rows = []
     for path, leaf in leaves_with_paths(params, is_leaf=is_packed):
-        if not is_packed(leaf) or path not in sizes:
+        if path not in sizes or not (is_packed(leaf) or stored_bits(leaf.dtype) <= 8):
             continue
         (taken, why), least = sizes[path], packed_bytes(leaf)
         if taken > 1.02 * least + 64:

@@ -60,11 +60,12 @@ def opened(array: Any, leaves: frozenset[str], why: str) -> np.ndarray:
 
 
 def of_packed(leaf: Any, path: str) -> Any:
-    """A leaf as `Stored`; an array that is not packed as it is, save one of 16 bits."""
+    """A leaf as `Stored`; an array that is not packed as it is, save those of 8 or 16 bits."""
     leaves = frozenset({path})
     if not isinstance(leaf, QTensor | Masked):
         array = np.asarray(leaf)
-        if array.dtype.itemsize != 2 or array.ndim < 2:
+        bytewise = array.dtype.itemsize == 1 and array.dtype.kind in "iu"
+        if not (bytewise or array.dtype.itemsize == 2) or array.ndim < 2:
             return leaf
         return Stored(array, lambda low: low.graph.constant(array, leaf=path), leaves, array.nbytes)
     numbers = np.asarray(unpack(leaf))

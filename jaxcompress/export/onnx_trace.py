@@ -157,7 +157,8 @@ def _followed(e: Equation, values: list[Any]) -> Codes | None:
     if e.primitive in ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint"):
         return codes
     if e.primitive == "convert_element_type":
-        return codes if p["new_dtype"] == np.float32 else None
+        new = p["new_dtype"]
+        return codes._replace(dtype=np.dtype(new)) if new == np.float32 else None
     if e.primitive == "transpose":
         return codes.transposed(tuple(p["permutation"]))
     permuted = e.primitive == "reshape" and p.get("dimensions") is not None

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.files import replacing
 from jaxcompress.core.meshes import on_one_device
 from jaxcompress.core.packed import unpack
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.pytrees import is_nibbles
 from jaxcompress.core.storage import container
+from jaxcompress.core.storage.leaves import opened_nibbles, plain_in_file
 from jaxcompress.export import container_read
 from jaxcompress.export.lowered import lowered, port_names
 from jaxcompress.export.verify import (
@@ -233,9 +236,25 @@ def _of_function(
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"stablehlo: input {name}: must be an array, got {type(x).__name__}")
     # NumPy arrays: they belong to no device, and are constants of whatever is traced.
-    packed = jax.tree.map(np.asarray, packed)
+    stored = [_stored(leaf) for leaf in jax.tree.leaves(packed)]
+    whole = jax.tree.structure(packed)
+
+    def run(*inputs: Any) -> Any:
+        leaves = [make(array) for array, make in stored]
+        return apply_fn(unpack(whole.unflatten(leaves)), *inputs)
+
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(inputs))
-    return lambda *inputs: apply_fn(unpack(packed), *inputs), shapes, tuple(inputs)
+    return run, shapes, tuple(inputs)
+
+
+def _stored(leaf: Any) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+    # An array of a file, and what makes the leaf of it; integers below a byte share bytes.
+    # NumPy would compute with arrays of its own at once, in floats: the file would hold these.
+    array = np.asarray(leaf)
+    if is_nibbles(array.dtype) and array.size:
+        row = plain_in_file(array)
+        return row, lambda row: opened_nibbles(row, array.shape, array.dtype)
+    return array, jnp.asarray if array.dtype.kind in "iu" else lambda array: array
 
 
 def _symbolic(inputs: tuple[Any, ...], batch: str | None) -> tuple[Any, ...]:

@@ -17,6 +17,13 @@ from jaxcompress.train.made_by import batch_text, check_made_by
 
 _SHOWN = 3  # leaves named in an error
 
+_NOT_STORED = {
+    "uint2": "int4",
+    "uint4": "uint8",
+    "float8_e4m3": "bfloat16",
+}
+"""dtype that Orbax has no name for -> what holds the same numbers."""
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -83,8 +90,12 @@ class Saver:
           state: a pytree of arrays.
           made_by: what makes the run, see made_by.py.
           batch: the hash of the batch that the last step took.
+
+        Raises:
+          TypeError: a leaf of a dtype that Orbax cannot store; nothing is written then.
         """
         found = leaves_with_paths(state)
+        check_storable(state)
         arrays = {f"{i}": _data(leaf) for i, (_, leaf) in enumerate(found) if leaf.size}
         about: dict[str, Any] = {"leaves": _specs(state), "about": dict(self.settings.about)}
         if made_by is not None:
@@ -176,6 +187,21 @@ def restore(checkpoints: Checkpoints, like: Any, *, step: int | None = None) -> 
         if wanted not in there:
             raise FileNotFoundError(f"{directory}: no checkpoint of step {step}; there: {there}")
         return saver.restore(like, wanted)
+
+
+def check_storable(state: Any) -> None:
+    """Refuses what Orbax refuses itself only when a file is half written, without the leaf's path.
+
+    Raises:
+      TypeError: a leaf has a dtype that Orbax cannot store.
+    """
+    for path, leaf in leaves_with_paths(state):
+        instead = _NOT_STORED.get(np.dtype(leaf.dtype).name) if not _is_key(leaf) else None
+        if instead and leaf.size:
+            raise TypeError(
+                f"state: {path}: Orbax cannot store {leaf.dtype}{list(leaf.shape)}; keep it as "
+                f"{instead}, or out of the state"
+            )
 
 
 def _is_key(leaf: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxcompress.train.checkpoint import Checkpoints, Saver, non_finite, opened
+from jaxcompress.train.checkpoint import Checkpoints, Saver, check_storable, non_finite, opened
 from jaxcompress.train.log import Metrics, Recorder
 from jaxcompress.train.made_by import batch_text, made_by
 from jaxcompress.train.state import TrainState
@@ -59,6 +59,7 @@ def fit(
       The state after `steps`.
 
     Raises:
+      TypeError: a leaf of a dtype that checkpoints cannot store, before the first step.
       FloatingPointError: a metric or, at a checkpoint, the state is not finite; names step and
         metric, or path. Nothing bad is saved: the last good checkpoint stays.
       ValueError: the checkpoint is of another run (recipe, optimizer, schedule, loss, data,
@@ -77,6 +78,8 @@ def fit(
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    if checkpoints:
+        check_storable(state)  # not only at the first checkpoint
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(opened(checkpoints)) if checkpoints else None
         made: dict[str, str] = {}

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxcompress.core.compressor import is_absent
 from jaxcompress.core.packed import Grid, Masked, QTensor, codes_shape, unpack
-from jaxcompress.core.pytrees import host, stored_bits
+from jaxcompress.core.pytrees import host, is_nibbles, stored_bits
 from jaxcompress.core.storage import positions
 from jaxcompress.core.storage.scheme import (
     Scheme,
@@ -209,7 +209,7 @@ def disassemble(name: str, leaf: Any) -> tuple[dict[str, Any], Scheme]:
         if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(f"{name}: only arrays of numbers can be saved, got {kind}")
-        return {name: _plain(leaf)}, plain_scheme(leaf.shape, np.dtype(leaf.dtype).name)
+        return {name: plain_in_file(leaf)}, plain_scheme(leaf.shape, np.dtype(leaf.dtype).name)
     fields = _fields(name, leaf.format, leaf.qparams)
     parts = {f"{name}.codes": _host(leaf.codes)}
     parts |= {f"{name}.{field}": array for field, array in fields.items()}
@@ -217,21 +217,17 @@ def disassemble(name: str, leaf: Any) -> tuple[dict[str, Any], Scheme]:
     return parts, scheme
 
 
-def _is_nibbles(dtype: Any) -> bool:
-    """Whether a dtype is of integers of less than a byte, which the container has no name for."""
-    return jnp.issubdtype(dtype, jnp.integer) and stored_bits(dtype) < 8
-
-
 def _plain_aval(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """What an array that is not packed is in a file: itself, or the codes of one row of nibbles."""
     dtype = jnp.dtype(dtype)
-    if not _is_nibbles(dtype):
+    if not is_nibbles(dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
     return jax.ShapeDtypeStruct((row_bytes(math.prod(shape), stored_bits(dtype)),), np.uint8)
 
 
-def _plain(leaf: Any) -> Any:
-    if not _is_nibbles(leaf.dtype):
+def plain_in_file(leaf: Any) -> Any:
+    """What a file holds of an array that is not packed: see `_plain_aval`."""
+    if not is_nibbles(leaf.dtype):
         return _host(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return _plain_aval(leaf.shape, leaf.dtype)
@@ -241,12 +237,15 @@ def _plain(leaf: Any) -> Any:
 
 def _from_plain(array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     dtype = jnp.dtype(dtype)
-    if not _is_nibbles(dtype):
-        return array
+    return np.asarray(opened_nibbles(array, shape, dtype)) if is_nibbles(dtype) else array
+
+
+def opened_nibbles(row: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An array of nibbles from the bytes that a file holds for it, uint8 [bytes]."""
     bits = stored_bits(dtype)
-    codes = unpack_bits(jnp.asarray(array), bits, math.prod(shape))
+    codes = unpack_bits(jnp.asarray(row), bits, math.prod(shape))
     numbers = signed(codes, bits) if jnp.iinfo(dtype).min < 0 else codes
-    return np.asarray(numbers).astype(dtype).reshape(shape)
+    return numbers.astype(dtype).reshape(shape)
 
 
 def _take(arrays: dict[str, np.ndarray], name: str, dtype: Any) -> jax.Array:
