@@ -219,7 +219,7 @@ def of_leaf(leaf: Any, path: str = "") -> Any:
         layout = _blocks(form)
         if layout is not None and form.dtype == "float32":
             return _of_integers(form, *layout)._replace(leaf=path)
-    if not is_packed(leaf) and is_nibbles(leaf.dtype) and np.size(leaf):
+    if not is_packed(leaf) and is_nibbles(leaf.dtype) and leaf.size:
         return _of_nibbles(np.asarray(leaf), path)
     return of_packed(leaf, path)
 
