@@ -135,6 +135,16 @@ def test_batches_of_another_length():
     y = jnp.tanh(x @ params["a"][:, ::2] + params["c"][None, ::2]) @ params["b"][::2]
     for n in (5, 1, 2):
         np.testing.assert_allclose(fn(small, x[:n]), y[:n], rtol=1e-5, atol=1e-6)
+    (b,) = jax.export.symbolic_shape("b")
+    free = jax.ShapeDtypeStruct((b, 4), jnp.float32)
+    wide = lambda p, x: f(p, jnp.concatenate([x, x], 0))  # an axis of 2 b
+    both = shrink(wide, params, {"a[1]": keep}, x).fn
+    for g, times in ((fn, 1), (both, 2)):
+        exported = jax.export.export(jax.jit(g))(small, free)
+        for n in (5, 1):
+            want = np.tile(y[:n], (times, 1))
+            got = exported.call(small, x[:n])
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     one = shrink(f, params, {"a[1]": keep}, x[:1])
     with pytest.raises(ValueError, match="traced was .1, 4.; axis 0 cannot have another length"):
         one.fn(small, x)

@@ -8,6 +8,7 @@ structures clash. So an axis is cut too little rather than wrongly.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -107,18 +108,43 @@ def atoms(term: Term) -> Iterator[Atom]:
             yield from atoms(part)
 
 
-def keep_of(term: Term, keep: Callable[[Atom], np.ndarray]) -> np.ndarray:
-    """Which indices of an axis stay, bool [size], from which indices of its atoms do."""
+@dataclass(frozen=True)
+class Whole:
+    """An axis that stays whole and whose length is a symbol, as in exports of free batch sizes.
+
+    It stands where otherwise there is a mask, bool [size].
+
+    Attributes:
+      size: the new length, `jax.export`'s symbolic dimension.
+    """
+
+    size: Any
+
+
+def keep_of(term: Term, keep: Callable[[Atom], Any]) -> Any:
+    """Which indices of an axis stay, bool [size], from which indices of its atoms do.
+
+    A `Whole` where one of the atoms is: of such an axis only the new length is known.
+    """
     term = resolve(term)
     if isinstance(term, Atom):
         return keep(term)
+    parts = term.parts if isinstance(term, Sum) else term.factors
+    found = [keep_of(part, keep) for part in parts]
+    if any(isinstance(mask, Whole) for mask in found):
+        lengths = map(count, found)
+        return Whole(sum(lengths) if isinstance(term, Sum) else math.prod(lengths))
     if isinstance(term, Sum):
-        parts = [keep_of(part, keep) for part in term.parts]
-        return np.concatenate(parts) if parts else np.zeros(0, bool)
+        return np.concatenate(found) if found else np.zeros(0, bool)
     result = np.ones(1, bool)
-    for factor in term.factors:
-        result = (result[:, None] & keep_of(factor, keep)[None]).reshape(-1)
+    for mask in found:
+        result = (result[:, None] & mask[None]).reshape(-1)
     return result
+
+
+def count(mask: Any) -> Any:
+    """How many indices stay: an integer, or the symbol of a `Whole`."""
+    return mask.size if isinstance(mask, Whole) else int(mask.sum())
 
 
 def places(term: Term) -> Iterator[tuple[Atom, np.ndarray]]:

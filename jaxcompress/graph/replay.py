@@ -14,14 +14,14 @@ from jaxcompress.graph import compat
 from jaxcompress.graph.axes import Axes
 from jaxcompress.graph.axes_scopes import CALLS, Scope, Step, is_float
 from jaxcompress.graph.axes_shapes import Terms
-from jaxcompress.graph.axes_terms import Atom, Term, keep_of, resolve, size
+from jaxcompress.graph.axes_terms import Atom, Term, Whole, count, keep_of, resolve, size
 from jaxcompress.graph.replay_means import renormalised
 from jaxcompress.graph.replay_rules import Cut, resized
 
 Kept = Mapping[Atom, np.ndarray]
 
 
-def take(x: Any, terms: Terms, keep: Callable[[Term], np.ndarray]) -> Any:
+def take(x: Any, terms: Terms, keep: Callable[[Term], Any]) -> Any:
     """The part of an array that stays, axis by axis."""
     for axis, term in enumerate(terms):
         stays = keep(term)
@@ -30,7 +30,7 @@ def take(x: Any, terms: Terms, keep: Callable[[Term], np.ndarray]) -> Any:
     return x
 
 
-def keeper(kept: Kept) -> Callable[[Term], np.ndarray]:
+def keeper(kept: Mapping[Atom, Any]) -> Callable[[Term], Any]:
     """Which indices of an axis stay, from those of some atoms; of the others all do."""
 
     def keep(term: Term) -> np.ndarray:
@@ -43,7 +43,8 @@ def replay(axes: Axes, kept: Kept, *, renormalise: bool = False) -> Callable[...
     """The traced function on smaller arrays, `small_fn(small_params, *inputs)`.
 
     Pure, for jit, grad, vmap and export. The first axis of the inputs may have another length than
-    when it was traced, unless the program contains that length: sums over it, or is of length 1.
+    when it was traced, a symbol too (`jax.export`), unless the program contains that length: sums
+    over it, or is of length 1.
 
     Args:
       axes: what `axes` found.
@@ -52,12 +53,12 @@ def replay(axes: Axes, kept: Kept, *, renormalise: bool = False) -> Callable[...
     """
     program = axes.program
     keep = keeper(kept)
-    shapes = {p: tuple(int(keep(t).sum()) for t in ts) for p, ts in program.leaves.items()}
+    shapes = {p: tuple(count(keep(t)) for t in ts) for p, ts in program.leaves.items()}
 
     def small_fn(params: Any, *inputs: Any) -> Any:
         _check(params, inputs, shapes=shapes, expected=program.inputs)
         leaves = jax.tree.leaves(inputs)
-        every = dict(kept)
+        every: dict[Atom, Any] = dict(kept)
         _rebind(every, program.scope.ins[len(shapes) :], leaves, inputs)
         runner = _Replay(keeper(every), renormalise)
         results = runner.run(program.scope, [*jax.tree.leaves(params), *leaves])
@@ -86,7 +87,7 @@ def _check(params: Any, inputs: Any, *, shapes: Mapping[str, Any], expected: Any
 
 
 def _rebind(
-    kept: dict[Atom, np.ndarray], terms: Sequence[Terms], leaves: Sequence[Any], inputs: Any
+    kept: dict[Atom, Any], terms: Sequence[Terms], leaves: Sequence[Any], inputs: Any
 ) -> None:
     # Enters new lengths of the inputs' first axes.
     for (path, _), axes, leaf in zip(leaves_with_paths(inputs), terms, leaves, strict=True):
@@ -96,7 +97,8 @@ def _rebind(
             raise ValueError(f"inputs: {path!r} must have {len(wanted)} axes, got {shape}")
         for axis, (term, n) in enumerate(zip(map(resolve, axes), shape, strict=True)):
             if isinstance(term, Atom) and not term.rigid:
-                good = len(kept.setdefault(term, np.ones(n, bool))) == n
+                new = np.ones(n, bool) if isinstance(n, int) else Whole(n)
+                good = kept.setdefault(term, new).size == n
             else:
                 good = n == size(term)
             if not good:
@@ -109,7 +111,7 @@ def _rebind(
 class _Replay:
     """Evaluates jaxprs with new sizes."""
 
-    def __init__(self, keep: Callable[[Term], np.ndarray], renormalise: bool):
+    def __init__(self, keep: Callable[[Term], Any], renormalise: bool):
         self.keep, self.renormalise = keep, renormalise
 
     def run(self, scope: Scope, values: Sequence[Any]) -> list[Any]:
@@ -209,7 +211,7 @@ class _Replay:
         n_consts, n_carry = compat.scan_sizes(params)
         fixed, start = values[:n_consts], values[n_consts : n_consts + n_carry]
         along = [*step.ins[n_consts + n_carry :], *step.outs[n_carry:]]
-        length = int(self.keep(along[0][0]).sum()) if along else params["length"]
+        length = count(self.keep(along[0][0])) if along else params["length"]
 
         def body(carry, rows):
             results = self.run(step.scopes[0], [*fixed, *carry, *rows])

@@ -1,5 +1,6 @@
 """Means over channels of which some were removed: the number they divide by."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,13 +8,13 @@ import numpy as np
 
 from jaxcompress.graph import compat
 from jaxcompress.graph.axes_scopes import Scope
-from jaxcompress.graph.axes_terms import Term, size
+from jaxcompress.graph.axes_terms import Term, count, size
 
 # What may lie between the sum and the division.
 BETWEEN = frozenset("broadcast_in_dim convert_element_type reshape squeeze".split())
 
 
-def renormalised(scope: Scope, keep: Callable[[Term], np.ndarray]) -> Mapping[int, Any]:
+def renormalised(scope: Scope, keep: Callable[[Term], Any]) -> Mapping[int, Any]:
     """Equations that divide a sum over cut axes by how many there were, by their place in a jaxpr.
 
     They divide by how many there are. Divisions by 1 / n are found as products with it.
@@ -25,7 +26,7 @@ def renormalised(scope: Scope, keep: Callable[[Term], np.ndarray]) -> Mapping[in
         if name == "reduce_sum":
             summed = [step.ins[0][axis] for axis in eqn.params["axes"]]
             old = int(np.prod([size(term) for term in summed]))
-            new = int(np.prod([keep(term).sum() for term in summed]))
+            new = math.prod(count(keep(term)) for term in summed)
             if old != new:
                 counts[eqn.outvars[0]] = old, new
             continue

@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from jaxcompress.graph import compat
 from jaxcompress.graph.axes_scopes import Step
-from jaxcompress.graph.axes_terms import Term, size
+from jaxcompress.graph.axes_terms import Term, Whole, count, size
 
-Keep = Callable[[Term], np.ndarray]  # axis -> bool [old size], or [new size] if it is rebound
+# axis -> bool [old size], or [new size] if it is rebound, or a Whole
+Keep = Callable[[Term], Any]
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,31 @@ class Cut:
     keep: Keep
     values: Sequence[Any]
 
-    def length(self, term: Term) -> int:
-        """The new size of an axis."""
-        return int(self.keep(term).sum())
+    def length(self, term: Term) -> Any:
+        """The new size of an axis: an integer or a symbol."""
+        return count(self.keep(term))
 
-    def shape(self, output: int = 0) -> tuple[int, ...]:
+    def shape(self, output: int = 0) -> tuple[Any, ...]:
         """The new shape of a result."""
         return tuple(self.length(term) for term in self.step.outs[output])
 
-    def position(self, term: Term, at: int) -> int:
-        """Where a position of an axis is now."""
-        keep = self.keep(term)
-        return int((keep if at == size(term) else keep[:at]).sum())
+    def position(self, term: Term, at: int) -> Any:
+        """Where a position of an axis is now.
 
-    def sliced(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        Raises:
+          ValueError: it lies within an axis of symbolic length.
+        """
+        keep = self.keep(term)
+        if not isinstance(keep, Whole):
+            return count(keep if at == size(term) else keep[:at])
+        if at not in (0, size(term)):
+            raise ValueError(
+                f"{self.step.eqn.primitive.name} cuts an axis of free length {keep.size} at {at}: "
+                "give a length"
+            )
+        return keep.size if at else 0
+
+    def sliced(self, sizes: Sequence[int]) -> tuple[Any, ...]:
         """New sizes of slices of the first operand: of whole axes they are whole again."""
         pairs = zip(self.step.ins[0], sizes, strict=True)
         return tuple(self.length(t) if size(t) == n else n for t, n in pairs)
