@@ -34,10 +34,10 @@ def renormalised(scope: Scope, keep: Callable[[Term], Any]) -> Mapping[int, Any]
         if name in BETWEEN and known[0]:
             counts[eqn.outvars[0]] = known[0]
         elif name in ("div", "mul"):
-            for i, count in enumerate(known):
+            for i, pair in enumerate(known):
                 other = eqn.invars[1 - i]
-                if count and compat.is_literal(other) and (name == "mul" or i == 0):
-                    old, new = (1 / n if name == "mul" else n for n in count)
+                if pair and compat.is_literal(other) and (name == "mul" or i == 0):
+                    old, new = (1 / n if name == "mul" else n for n in pair)
                     if np.isclose(float(other.val), old, rtol=1e-6):
                         found[place] = compat.with_literal(eqn, 1 - i, new)
     return found
