@@ -460,3 +460,14 @@ def test_zeros_keep_their_sign_when_mask_and_codes_are_joined():
         view, packed = np.asarray(comp.apply(w, state)), comp.pack(w, state)
         assert np.signbit(view).any()
         np.testing.assert_array_equal(np.signbit(jc.unpack(packed)), np.signbit(view))
+
+
+def test_a_kept_weight_that_rounds_to_negative_zero_keeps_its_sign():
+    w = np.zeros((8, 40), np.float32)
+    w[0], w[1, :3] = np.linspace(-448, -400, 40), -1e-9
+    comp = jc.chain(jc.prune.magnitude(0.85), jc.quantize.weights(jc.formats.float8_e4m3()))
+    params = {"w": jnp.asarray(w)}
+    packed = comp.pack(params, comp.init(params))
+    assert isinstance(packed["w"], jc.Masked)
+    got = np.asarray(jc.unpack(packed)["w"])
+    assert np.all(np.signbit(got) == np.signbit(w)) and not got[1:].any()
