@@ -1,11 +1,14 @@
 """Meshes of explicit axes: what is fitted to data equals what one device gives."""
 
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import jaxcompress as jc
 from jaxcompress.core.meshes import on_any_mesh
@@ -93,6 +96,80 @@ def test_equal_to_one_device(name, tmp_path):
     one, many = (jax.device_get(run(*given)) for given in ((params, x), sharded(params, x)))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
+
+
+@jax.custom_vjp
+def _sine(x):
+    return reshard(jnp.sin(x), PartitionSpec("d", None))
+
+
+def _sine_backward(x, g):
+    return (g * jnp.cos(reshard(x, PartitionSpec("d", None))),)
+
+
+_sine.defvjp(lambda x: (_sine(x), x), _sine_backward)
+
+
+def _said(params, x):  # relu(sin(x a)) b, with all ways to say where arrays lie
+    h = jnp.dot(x, params["a"], out_sharding=PartitionSpec("d", None))
+    h = reshard(jax.nn.relu(_sine(h)), PartitionSpec(None, "d"))
+    b = jax.lax.with_sharding_constraint(params["b"], PartitionSpec(None, "d"))
+    return jax.jit(lambda h, b: jnp.dot(h, b, out_sharding=PartitionSpec("d", None)))(h, b)
+
+
+def _unsaid(params, x):
+    return jax.nn.relu(jnp.sin(x @ params["a"])) @ params["b"]
+
+
+def _loss(fn):
+    return lambda params, x: jnp.mean(fn(params, x) ** 2)
+
+
+def _shrunk_of(fn, params, x):
+    comp = jc.prune.magnitude(0.5, structure=jc.prune.channel(-1))
+    masks = jc.prune.masks(comp.init(params), params)
+    smaller, new, _ = jc.prune.shrink(fn, params, masks, (x,))
+    return smaller(new, x)
+
+
+def _file_of(fn, params, x):
+    with tempfile.TemporaryDirectory() as folder:
+        jc.export.onnx(fn, params, x, path=f"{folder}/network.onnx")
+        return np.frombuffer(Path(folder, "network.onnx").read_bytes(), np.uint8)
+
+
+SAID = {
+    "trace": lambda fn, params, x: [s.macs for s in jc.graph.trace(fn, params, x).sites],
+    "gptq": lambda fn, params, x: jc.quantize.gptq(fn, params, [(x,)], RULES)[0],
+    "wanda": lambda fn, params, x: jc.prune.wanda(fn, params, [(x,)], 0.5)[0],
+    "shrink": _shrunk_of,
+    "fisher": lambda fn, params, x: jc.prune.fisher_diagonal(_loss(fn), params, [(x,)]),
+    "search": lambda fn, params, x: dict(
+        jc.search.sensitivity(
+            fn, params, [(x,)], weights={"int4": jc.quantize.weights(jc.formats.integer(4))}
+        ).weights
+    ),
+    "onnx": _file_of,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in ("trace", "fisher", "onnx") else pytest.mark.broad)
+        for n in SAID
+    ],
+)
+def test_what_a_network_says_of_shardings_is_left_out(name):
+    params, x = small()
+    one = jax.device_get(SAID[name](_unsaid, params, x))
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    put = lambda w, *spec: jax.device_put(w, NamedSharding(mesh, PartitionSpec(*spec)))
+    placed = {"a": put(params["a"], None, "d"), "b": put(params["b"], "d")}
+    with jax.set_mesh(mesh):
+        many = jax.device_get(SAID[name](_said, placed, put(x, "d")))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
 def test_results_keep_the_types_of_what_they_belong_to():

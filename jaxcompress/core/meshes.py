@@ -14,14 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    get_abstract_mesh,
+    reshard,
+    use_abstract_mesh,
+)
 
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.unsharded import NOWHERE, traced, unsharded
 
 
 def _is_iterator(x: Any) -> bool:
     """Whether a leaf gives batches one by one: no pytree, which JAX wants to be told."""
     return isinstance(x, Iterator)
+
+
+_NETWORKS = frozenset(("apply_fn", "loss_fn", "fn", "model"))  # where they are given by name
 
 
 class _Axes(NamedTuple):
@@ -43,6 +55,15 @@ class _Axes(NamedTuple):
             return self.loose(x)
         return (jax.tree.map(self.loose, batch) for batch in x)
 
+    def network(self, x: Any) -> Any:
+        """A function that may say how arrays of the mesh are sharded as one that need not."""
+        return unsharded(x, self.mesh.explicit_axes) if _is_function(x) else x
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The results of a function whose arguments `apply_fn` and the like are networks."""
+        named = {k: self.network(x) if k in _NETWORKS else x for k, x in kwargs.items()}
+        return function(*map(self.network, args), **named)
+
     def placed(self, x: Any, spec: PartitionSpec) -> Any:
         """An array laid out by the compiler as one of the mesh."""
         if not isinstance(x, jax.Array):
@@ -51,12 +72,30 @@ class _Axes(NamedTuple):
         return put(x, NamedSharding(self.mesh, spec))
 
 
+def _is_function(x: Any) -> bool:
+    """Whether an argument is a network or a loss; objects of this package can be called too."""
+    return callable(x) and not type(x).__module__.startswith(f"{__package__.split('.')[0]}.")
+
+
 def _spec(x: Any) -> PartitionSpec | None:
     """How an array of an explicit mesh is sharded; None for everything else."""
     if not isinstance(x, jax.Array):
         return None
     sharding = jax.typeof(x).sharding
     return sharding.spec if sharding.mesh.explicit_axes else None
+
+
+def traced_anywhere(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """The closed jaxpr of a network, as on one device, and its results as `ShapeDtypeStruct`s.
+
+    Args:
+      fn: a pure function; if arrays are on a mesh of explicit axes, or such a mesh is set, it may
+        say how arrays are sharded. That is no part of the jaxpr.
+      args: pytrees of arrays or `ShapeDtypeStruct`s.
+    """
+    axes = _axes(args)
+    mesh = get_abstract_mesh() if axes is None else axes.mesh
+    return traced(fn, *args, axes=mesh.explicit_axes)
 
 
 def _axes(tree: Any) -> _Axes | None:
@@ -87,8 +126,9 @@ def on_any_mesh(
 ) -> Callable[..., Any]:
     """The function, made to run on arguments of explicit meshes too; on others it stays as it is.
 
-    Inside, axes are automatic, in eager calls and under `jit`, `grad` and `vmap` alike. Under `jit`
-    arrays of one mesh are expected.
+    Inside, axes are automatic, in eager calls and under `jit`, `grad` and `vmap` alike, and what a
+    network among the arguments says of shardings is left out. Under `jit` arrays of one mesh are
+    expected.
 
     Args:
       function: any function of pytrees; what it computes must not depend on how arrays lie.
@@ -112,7 +152,7 @@ def on_any_mesh(
             positional, named = jax.tree.map(
                 axes.loose_within, (args, kwargs), is_leaf=_is_iterator
             )
-            out = function(*positional, **named)
+            out = axes.call(function, positional, named)
         leaves, treedef = jax.tree.flatten(out)
         if like is not None:
             specs = [_spec(x) or PartitionSpec() for x in treedef.flatten_up_to(like(*args))]
@@ -147,16 +187,23 @@ def _specs(results: Any, arguments: tuple[Any, Any]) -> list[PartitionSpec]:
 
 
 def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, run on copies of the arrays of explicit meshes that no mesh holds."""
+    """The function, run on copies of the arrays of explicit meshes that no mesh holds.
+
+    A network among the positional arguments may say how arrays are sharded.
+    """
 
     def whole(x):
         return x if _spec(x) is None else jnp.asarray(np.asarray(x))
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        if _axes((args, kwargs)) is not None:
-            args, kwargs = jax.tree.map(whole, (args, kwargs), is_leaf=_is_iterator)
-        return function(*args, **kwargs)
+        axes = _axes((args, kwargs))
+        mesh = get_abstract_mesh() if axes is None else axes.mesh
+        if not mesh.explicit_axes:
+            return function(*args, **kwargs)
+        args, kwargs = jax.tree.map(whole, (args, kwargs), is_leaf=_is_iterator)
+        with use_abstract_mesh(NOWHERE):
+            return _Axes(mesh, mesh).call(function, args, kwargs)
 
     return run
 
@@ -164,11 +211,13 @@ def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
 def automatic(tree: Any) -> Any:
     """The tree with arrays of explicit meshes on the same meshes with automatic axes, as they lie.
 
+    What functions among its leaves say of shardings is left out.
+
     >>> automatic({"w": 1.0})
     {'w': 1.0}
     """
     axes = _axes(tree)
-    return tree if axes is None else jax.tree.map(axes.loose, tree)
+    return tree if axes is None else jax.tree.map(lambda x: axes.network(axes.loose(x)), tree)
 
 
 def shardings_at_rest(tree: Any) -> tuple[NamedSharding, ...] | None:

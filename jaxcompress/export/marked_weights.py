@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.core.packed import QTensor, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.pytrees import stored_bits as stored_width
@@ -79,7 +80,7 @@ def marked_weights(
     wide.update((w.name, f"int8: LiteRT has no {w.array.dtype}") for w in raw if w.bits == 8)
 
     def marked(*inputs: Any) -> Any:
-        closed, out = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
+        closed, out = traced_anywhere(apply_fn, params, *inputs)
         values = [*weights, *jax.tree.leaves(inputs)]
         evaluation = _Evaluation(dynamic, runtime, wide)
         results = evaluation.run(compat.body(closed), values)

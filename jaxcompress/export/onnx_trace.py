@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.core.packed import is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export.marks import FAKE_QUANT
@@ -75,7 +76,7 @@ def _specs(inputs: tuple[Any, ...], shapes: Any, constraints: Sequence[str]) -> 
 
 def _traced(apply_fn, plain, specs, shapes):
     try:
-        return jax.make_jaxpr(apply_fn, return_shape=True)(plain, *specs)
+        return traced_anywhere(apply_fn, plain, *specs)
     except Exception as error:
         if shapes is None or is_static([n for s in jax.tree.leaves(specs) for n in s.shape]):
             raise

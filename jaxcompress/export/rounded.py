@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.export.marks import FAKE_QUANT
 from jaxcompress.graph import compat
 
@@ -52,7 +53,7 @@ def with_rounding(
     """
 
     def moved(noise: Array, params: Any, *inputs: Any) -> tuple[list[Array], list[float]]:
-        closed = jax.make_jaxpr(fn)(params, *inputs)
+        closed, _ = traced_anywhere(fn, params, *inputs)
         evaluation = _Evaluation(noise, operands)
         body = compat.body(closed)
         values = [_Value(x, False) for x in jax.tree.leaves(params)]

@@ -5,10 +5,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.extend.core as jec
 import numpy as np
 
+from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.pytrees import host
 from jaxcompress.graph.compat import CUSTOM, bodies, body, is_literal
@@ -51,7 +51,7 @@ def of_function(fn: Callable[..., Any], *args: Any) -> str:
       Unidentified: a part of it has none to look at: an open file, a generator.
     """
     digest = hashlib.sha256()
-    closed = jax.make_jaxpr(fn)(*args)
+    closed, _ = traced_anywhere(fn, *args)
     # Functions within (derivative rules) print their address, which changes with the process.
     digest.update(_ADDRESS.sub("", str(closed)).encode())
     pending = [body(closed)]

@@ -91,8 +91,8 @@ _ELEMENTWISE = frozenset(
 # One operand, no more distinct elements than it has.
 _UNARY = frozenset(
     "broadcast_in_dim reshape transpose squeeze expand_dims rev convert_element_type copy copy_p "
-    "reduce_precision sharding_constraint stop_gradient neg sign abs floor ceil round not exp exp2 "
-    "log log1p expm1 sqrt rsqrt square integer_pow tanh logistic is_finite".split()
+    "reduce_precision sharding_constraint reshard stop_gradient neg sign abs floor ceil round not "
+    "exp exp2 log log1p expm1 sqrt rsqrt square integer_pow tanh logistic is_finite".split()
 )
 _INDEXED = frozenset({"dynamic_slice", "gather"})
 

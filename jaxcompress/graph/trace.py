@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.core.paths import leaves_with_paths, refuse_twins
 from jaxcompress.graph import compat, flow, macs
 from jaxcompress.graph.follow import Findings, Found, Place, follow
@@ -66,12 +67,22 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
 
 
 def trace_program(
-    fn: Callable[..., Any], params: Any, *inputs: Any, dead_code: bool = True
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    dead_code: bool = True,
+    shardings: bool = False,
 ) -> Program:
-    """As `trace`, with the jaxpr and the place of every tap; unused code is kept or dropped."""
+    """As `trace`, with the jaxpr and the place of every tap.
+
+    Unused code is kept or dropped, and what the network says of shardings too.
+    """
     leaves = _param_leaves(params)
     _check_call(fn, params, inputs)
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    if shardings:
+        closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    else:
+        closed, out = traced_anywhere(fn, params, *inputs)
     if not dead_code:
         closed = compat.without_dead_code(closed)
     found = Findings([], {}, {})

@@ -60,7 +60,7 @@ def walk(
     """
 
     def walked(states: Mapping[str, Any], params: Any, *inputs: Any) -> tuple[Any, States]:
-        program = trace_program(fn, params, *inputs)
+        program = trace_program(fn, params, *inputs, shardings=True)
         check_states(states, program)
         main = compat.body(program.closed)
         walker = _Walker(program, visit, around, frozenset(states))

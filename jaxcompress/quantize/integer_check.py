@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.graph import compat
 
 
@@ -46,7 +46,7 @@ def assert_integer_only(fn: Callable[..., Any], *args: Any) -> None:
 
     >>> assert_integer_only(lambda q: q + 1, jnp.int32(1))
     """
-    found = float_operations(jax.make_jaxpr(fn)(*args))
+    found = float_operations(traced_anywhere(fn, *args)[0])
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(

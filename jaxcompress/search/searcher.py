@@ -112,8 +112,8 @@ class Search:
         progress: Progress = iter,
     ):
         targets = None if targets is None else list(targets)
-        params, checked, example, targets = automatic(
-            (params, check_batches(batches), example, targets)
+        apply_fn, params, checked, example, targets = automatic(
+            (apply_fn, params, check_batches(batches), example, targets)
         )
         self.apply_fn, self.params, self.metric = apply_fn, params, metric
         self.batches = checked
