@@ -74,7 +74,7 @@ class _Axes(NamedTuple):
 
 def _is_function(x: Any) -> bool:
     """Whether an argument is a network or a loss; objects of this package can be called too."""
-    return callable(x) and not type(x).__module__.startswith(f"{__package__.split('.')[0]}.")
+    return callable(x) and not type(x).__module__.startswith("jaxcompress.")
 
 
 def _spec(x: Any) -> PartitionSpec | None:

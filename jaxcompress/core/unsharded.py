@@ -160,13 +160,16 @@ class _Rewriting:
             return self._rule(x)
         if key == "bwd" and self.axes:
             return wrap_init(self._backward(x), debug_info=x.debug_info)
+        whole: Any = x
         if key in ("in_shardings", "out_shardings"):
-            return _of_jit()[key] * len(x) if any(isinstance(s, Sharding) for s in x) else x
-        if isinstance(x, NamedSharding) or (key == "ctx_mesh" and x.explicit_axes):
+            named = any(isinstance(s, Sharding) for s in whole)
+            return _of_jit()[key] * len(whole) if named else x
+        if isinstance(x, NamedSharding) or (key == "ctx_mesh" and whole.explicit_axes):
             return None if isinstance(x, NamedSharding) else _of_jit()[key]
-        if type(x) in (tuple, list):
-            items = [self._value("", item) for item in x]
-            return x if all(map(operator.is_, items, x)) else type(x)(items)
+        if type(whole) in (tuple, list):
+            kind: Any = type(whole)
+            items = [self._value("", item) for item in whole]
+            return x if all(map(operator.is_, items, whole)) else kind(items)
         return x
 
     def _rule(self, rule: Any) -> Any:
