@@ -1,5 +1,6 @@
 """Strict settings for every test: CPU, eight virtual devices, strict dtypes, no rank promotion."""
 
+import gc
 import os
 
 import pytest
@@ -28,3 +29,14 @@ def _forget_programs():
     import jax
 
     jax.clear_caches()
+    gc.collect()
+
+
+def pytest_collection_finish(session):
+    """Collects garbage once a module (above) and else seldom: it takes a tenth of the tests' time.
+
+    Traces make many objects, and the collector walks every module that is loaded for them.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
