@@ -370,12 +370,12 @@ def test_law_of_shardings(made):
         assert v.sharding.is_equivalent_to(w.sharding, w.ndim)  # 8
 
 
-# One of each way to move elements; all others run the same wrapper around their functions.
+# One of each way to move elements; all others, marked long, run the same wrapper.
 ON_MESHES = """int4_channel 2:4 prune_then_quantize mxfp4 int4_block uint8_percentile k_means3 lamp
     magnitude_channel rigl l0""".split()
 MESH_CASES = [
     pytest.param(n, marks=() if i < 3 else pytest.mark.broad) for i, n in enumerate(ON_MESHES)
-]
+] + [pytest.param(n, marks=pytest.mark.long) for n in REGISTRY if n not in ON_MESHES]
 
 
 @pytest.mark.parametrize("made", MESH_CASES, indirect=True, scope="module")
