@@ -27,9 +27,16 @@ def test_notebook_is_prose_and_calls(path):
             assert len(cell.source.splitlines()) <= 15
 
 
-@pytest.mark.broad
+# Each of these takes half a minute to a minute.
+LONG = "prune", "ptq", "search", "train"
+RUNS = [
+    pytest.param(p, marks=pytest.mark.long if p.stem in LONG else pytest.mark.broad, id=p.stem)
+    for p in NOTEBOOKS
+]
+
+
 @pytest.mark.filterwarnings("ignore")  # of the Jupyter client, about event loops and sockets
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RUNS)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     # As a user would run it: without the tests' strict settings.
     for name in list(os.environ):

@@ -12,6 +12,7 @@ from jaxcompress.graph import compat
 def float_operations(jaxpr: Any) -> list[str]:
     """The operations of a jaxpr, at any depth, that take or give floating point or complex numbers.
 
+    >>> import jax
     >>> float_operations(jax.make_jaxpr(lambda q: (q * 2).astype(jnp.float32))(jnp.int32(1)))
     ['convert_element_type: int32[] -> float32[]']
     """
