@@ -222,6 +222,38 @@ def test_integers_that_no_method_packed_are_codes_in_every_file(tmp_path, dtype,
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
 
 
+def test_a_codebook_is_looked_up_in_a_stablehlo_file(tmp_path):
+    rng = np.random.default_rng(0)
+    codes, table = rng.integers(0, 16, (8, 6)), rng.normal(size=16).astype(np.float32)
+    params = {"w": jnp.asarray(codes, "uint4"), "table": table}
+    x, path = rng.normal(size=(3, 8)).astype(np.float32), tmp_path / "a.stablehlo"
+    fn = lambda p, x: x @ p["table"][p["w"].astype(jnp.int32)]
+    jc.export.stablehlo(fn, params, jnp.asarray(x), path=path)
+    want = x.astype(np.float64) @ table.astype(np.float64)[codes]
+    np.testing.assert_allclose(jc.export.load_stablehlo(path)(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_and_results_that_litert_has_not_for_codes_are_floats(tmp_path):
+    # A scale for each input of a layer; a weight that is a result.
+    rng = np.random.default_rng(0)
+    codes, x = rng.integers(-128, 128, (8, 6)), rng.normal(size=(3, 8)).astype(np.float32)
+    scale, path = rng.uniform(0.1, 0.2, (8, 1)).astype(np.float32), tmp_path / "a.tflite"
+    params = {"w": jnp.asarray(codes, "int8"), "out": jnp.asarray(codes, "int8"), "scale": scale}
+
+    def fn(p, x):
+        return x @ (p["w"].astype(jnp.float32) * p["scale"]), p["out"].astype(jnp.float32)
+
+    report = jc.export.litert(fn, params, jnp.asarray(x), path=path)
+    want = x.astype(np.float64) @ (codes * scale.astype(np.float64))
+    found = jc.export.session(path).run(x)
+    np.testing.assert_allclose(found[0], want, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(found[1], codes)
+    assert {name: why[:7] for name, why in report.widened.items()} == {
+        "w": "float32",
+        "out": "float32",
+    }
+
+
 @pytest.mark.parametrize(
     "dtype, instead", [("uint2", "int4"), ("uint4", "uint8"), ("float8_e4m3", "bfloat16")]
 )

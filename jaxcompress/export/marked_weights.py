@@ -40,6 +40,14 @@ _MOVES = _VIEWS | _PICKS | {"pad", "dynamic_update_slice", "select_n", "sort"}
 _OPEN = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
 
 
+class _Steps(ValueError):
+    """Steps of a weight that a runtime does not have."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.names = name.split(" and ")
+
+
 class Weight(NamedTuple):
     """A constant on a grid: its numbers, and the step of each of them."""
 
@@ -83,8 +91,19 @@ def marked_weights(
         closed, out = traced_anywhere(apply_fn, params, *inputs)
         values = [*weights, *jax.tree.leaves(inputs)]
         evaluation = _Evaluation(dynamic, runtime, wide)
-        results = evaluation.run(compat.body(closed), values)
-        return jax.tree.unflatten(jax.tree.structure(out), list(map(_marked, results)))
+        while True:
+            try:
+                results = evaluation.run(compat.body(closed), values)
+                break
+            except _Steps as error:
+                # Integers that no method packed are what the network makes of them: constants.
+                at = [i for i, w in enumerate(weights) if _is_integer(w) and w.name in error.names]
+                if not any(_is_integer(values[i]) for i in at):
+                    raise
+                for i in at:
+                    wide[weights[i].name] = "float32: LiteRT has no scales along these axes"
+                    values[i] = jnp.asarray(weights[i].array)
+        return jax.tree.unflatten(jax.tree.structure(out), list(map(evaluation.result, results)))
 
     return marked
 
@@ -126,10 +145,11 @@ def _marked(x: Any, axis: int | None = None) -> Any:
     if axis is None and len(vary) == 1:
         (axis,) = vary
     if set(vary) - {axis}:
-        raise ValueError(
+        raise _Steps(
+            x.name,
             f"litert: {x.name}: its scales vary along the axes {vary} of the {list(x.array.shape)} "
             "array that is used, where LiteRT has one per tensor or output channel: quantize it "
-            "along the axis of the outputs, or give jc.unpack of the leaf, stored in float32"
+            "along the axis of the outputs, or give jc.unpack of the leaf, stored in float32",
         )
     if axis is not None:
         scale = np.moveaxis(x.step, axis, 0).reshape(x.step.shape[axis], -1)[:, 0]
@@ -207,6 +227,14 @@ class _Evaluation:
             self.widened[x.name] = f"float32: LiteRT has no {eqn.primitive.name} of its steps"
             return jnp.asarray(x.array)
         return _marked(x)
+
+    def result(self, x: Any) -> Any:
+        """A result of the network: LiteRT has no codes as results, and crashes on such a file."""
+        if not isinstance(x, Weight):
+            return x
+        if stored_width(x.array.dtype) > x.bits:
+            self.widened[x.name] = f"{x.array.dtype}: it is a result"
+        return jnp.asarray(x.array)
 
     def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
         constants, carried = compat.scan_sizes(eqn.params)

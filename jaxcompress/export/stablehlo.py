@@ -249,12 +249,13 @@ def _of_function(
 
 def _stored(leaf: Any) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
     # An array of a file, and what makes the leaf of it; integers below a byte share bytes.
-    # NumPy would compute with arrays of its own at once, in floats: the file would hold these.
+    # NumPy would compute with arrays of its own at once, in floats: the file would hold these. And
+    # it knows no `.at`, nor indices that are traced, as those into a codebook are.
     array = np.asarray(leaf)
     if is_nibbles(array.dtype) and array.size:
         row = plain_in_file(array)
         return row, lambda row: opened_nibbles(row, array.shape, array.dtype)
-    return array, jnp.asarray if array.dtype.kind in "iu" else lambda array: array
+    return array, jnp.asarray
 
 
 def _symbolic(inputs: tuple[Any, ...], batch: str | None) -> tuple[Any, ...]:
