@@ -323,6 +323,75 @@ def test_what_cannot_be_computed_once_is_said():
         np.testing.assert_allclose(small_fn(small, MATRIX), fn(given, MATRIX), atol=0.05)
 
 
+def test_what_is_written_is_what_is_read():
+    """A leaf that is rounded on its way, or that a loop's test reads, takes no other value."""
+    p = {"w": normal(4, 4), **statistics(4)}
+    p["bn_bias"] = p["bn_bias"] * 100
+    scale = lambda q: q["bn_scale"] / np.sqrt(q["bn_var"] + 1e-3)
+    q = {key: np.asarray(leaf, np.float64) for key, leaf in p.items()}
+    x = np.asarray(MATRIX, np.float64)
+    y = x @ q["w"]
+
+    def rounded(dtype):
+        def fn(p, x):
+            y = x @ p["w"]
+            scale = p["bn_scale"] * lax.rsqrt(p["bn_var"] + 1e-3)
+            bias = p["bn_bias"].astype(dtype).astype(jnp.float32)
+            return y * scale + (bias - p["bn_mean"] * scale), (y - p["bn_mean"]) * scale + bias
+
+        return fn
+
+    for dtype in (jnp.bfloat16, jnp.int32):
+        fn = rounded(dtype)
+        for which in (0, 1) if dtype == jnp.bfloat16 else (0,):
+            one = lambda p, x, fn=fn, which=which: fn(p, x)[which]
+            small_fn, small = jc.quantize.fold_batch_norm(one, p, [(MATRIX,)])
+            bias = np.asarray(p["bn_bias"].astype(dtype), np.float64)
+            want = (y - q["bn_mean"]) * scale(q) + bias
+            np.testing.assert_allclose(small_fn(small, MATRIX), want, rtol=1e-5, atol=1e-4)
+            assert set(small) == {"w", "bn_mean"}
+    # Integers hold no sum of floats.
+    whole = {**p, "bn_bias": jnp.arange(4)}
+    one = lambda p, x: rounded(jnp.int32)(p, x)[1]
+    small_fn, small = jc.quantize.fold_batch_norm(one, whole, [(MATRIX,)])
+    want = (y - q["bn_mean"]) * scale(q) + np.arange(4)
+    np.testing.assert_allclose(small_fn(small, MATRIX), want, rtol=1e-5, atol=1e-5)
+
+
+def test_tests_of_loops_and_operations_of_several_results():
+    p = {"w": normal(4, 4), **statistics(4)}
+    p["bn_bias"] = jnp.array([3.0, -1.0, 1.0, 0.5])
+
+    def counted(until, p, x):
+        h = x @ p["w"]
+        end = lambda: until(p, h)
+        n = lax.while_loop(lambda c: c < end(), lambda c: c + 0.25, jnp.float32(0))
+        return norm(p, h, "bn") + n
+
+    q = {key: np.asarray(leaf, np.float64) for key, leaf in p.items()}
+    h = np.asarray(MATRIX, np.float64) @ q["w"]
+    y = (h - q["bn_mean"]) * q["bn_scale"] / np.sqrt(q["bn_var"] + 1e-5) + q["bn_bias"]
+    ends = {"bn_bias": lambda p, h: p["bn_bias"][0], "h": lambda p, h: h.max()}
+    for name, until in ends.items():
+        fn = lambda p, x, until=until: counted(until, p, x)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            small_fn, small = jc.quantize.fold_batch_norm(fn, p, [(MATRIX,)])
+        n = np.ceil(until(q, h) * 4) / 4
+        np.testing.assert_allclose(small_fn(small, MATRIX), y + n, rtol=1e-5, atol=1e-5)
+        assert len(caught) == (name == "h")
+
+    def ordered(p, x):
+        _, b = lax.sort((p["bn_mean"], p["bn_scale"]), num_keys=1)
+        return x @ p["w"] + b / p["bn_var"] + x * p["bn_var"]
+
+    with pytest.warns(UserWarning, match="bn_mean, bn_scale, bn_var: bn_var has another use too"):
+        small_fn, small = jc.quantize.fold_batch_norm(ordered, p, [(MATRIX,)])
+    b = q["bn_scale"][np.argsort(q["bn_mean"])]
+    want = h + b / q["bn_var"] + np.asarray(MATRIX) * q["bn_var"]
+    np.testing.assert_allclose(small_fn(small, MATRIX), want, rtol=1e-5, atol=1e-5)
+
+
 def test_in_front_of_a_padded_convolution_and_others_are_folded():
     def fn(p, x):
         return padded(p, x), norm(p, x @ p["w"], "b2")

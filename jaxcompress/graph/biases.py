@@ -52,7 +52,7 @@ def biases_and_readers(
 ) -> tuple[dict[str, Bias], list[Reader]]:
     """As `biases`, and what reads leaves otherwise than these layers: as weights, in other sums."""
     flat = inline(program, weigh=None)
-    parts = parts_of(program, flat, broadcast=True)
+    parts = parts_of(program, flat, written=True)
     wanted = {layer.site.name: layer for layer in layers}
     users: dict[int, list[tuple[int, Op]]] = {}
     for k, op in enumerate(flat.ops):

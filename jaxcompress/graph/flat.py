@@ -24,7 +24,8 @@ class Flat:
       paths: of the parameters.
       weights: those that a contraction takes as its weight.
       conditional: scopes of the conditionals.
-      outputs: numbers of the results.
+      outputs: numbers of the results, and of the tests of `while` loops that inputs or parameters
+        reach: their values must not change.
       ops: what the results need, in order of execution.
       at: place of an operation -> its position in `ops`.
       trips: places of the loops around an operation -> how often it runs.
@@ -38,7 +39,9 @@ class Flat:
         self.values, self.paths = flat.values, list(program.graph.params)
         self.weights = {view.path for view in views(program).values()}
         self.conditional = ", ".join(flat.choices)
-        self.outputs = frozenset(flat.outputs)
+        origins = {n: flat.values[n].origin for n in flat.tests}
+        tests = {n for n, origin in origins.items() if origin.moves or origin.params}
+        self.outputs = tests.union(flat.outputs)
         self.ops = _live(flat.ops, self.outputs)
         self.at = {op.place: k for k, op in enumerate(self.ops) if op.primitive not in (LOOP, END)}
         self.trips: dict[tuple[Any, ...], int] = {(): 1}

@@ -65,6 +65,7 @@ class Inlined(NamedTuple):
       values: all arrays by number.
       inputs: numbers of the arguments that are no parameters.
       outputs: numbers of the results.
+      tests: numbers of the tests of `while` loops, on which depends how often they run.
       assumed_trips: scopes of the loops of unknown length for which no number of trips was given.
       choices: scopes of the conditionals.
     """
@@ -73,6 +74,7 @@ class Inlined(NamedTuple):
     values: dict[int, Value]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    tests: tuple[int, ...]
     assumed_trips: tuple[str, ...]
     choices: tuple[str, ...]
 
@@ -104,6 +106,7 @@ def inline(program: Program, *, weigh: Weigh | None, trips: Trips = None) -> Inl
         inliner.values,
         tuple(arguments[len(program.graph.params) :]),
         tuple(n for n in results if isinstance(n, int)),
+        tuple(inliner.tests),
         tuple(inliner.assumed),
         tuple(inliner.choices),
     )
@@ -139,6 +142,7 @@ class _Inliner:
         self.assumed: list[str] = []
         self.loops: list[str] = []
         self.choices: list[str] = []
+        self.tests: list[int] = []
 
     def value(self, aval: Any, origin: Origin) -> int:
         """The number of a new value."""
@@ -235,6 +239,8 @@ class _Inliner:
                 call.times * length,
                 region=(*call.region, call.where.place),
             )
+            if jaxpr is not main:
+                self.tests += [n for n in given if isinstance(n, int)]
         start = len(call.operands) - n_inner  # the first carry is not needed to the end
         kept = [*call.operands[:start], *call.operands[start + n_carry :]]
         ends = self._emit(call, END, [*kept, *given], results[:n_carry])

@@ -126,7 +126,7 @@ class _Carriers:
 
     def __init__(self, flat: Flat, params: Any, todo: Iterable[Expression]):
         self.flat, self.leaves = flat, jax.tree.leaves(params)
-        parts = parts_of(flat.program, inline(flat.program, weigh=len), broadcast=True)
+        parts = parts_of(flat.program, inline(flat.program, weigh=len), written=True)
         numbers = {one.number for one in todo}
         self.each = {one: self._each(one, parts, numbers - {one.number}) for one in todo}
 
@@ -193,6 +193,8 @@ def _alike(flat: Flat, at: int, aval: Any) -> list[tuple[int, int]]:
     # The operands, and which, that an operation can give on in the place of its result.
     op = flat.ops[at]
     if op.primitive in (LOOP, END) or not reachable(flat.program.closed, op.place):
+        return []
+    if len(op.eqn.outvars) > 1:  # its other results would be gone
         return []
     same = lambda other: (other.shape, other.dtype) == (aval.shape, aval.dtype)
     return [

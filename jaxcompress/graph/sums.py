@@ -37,7 +37,7 @@ def merged(flat: Flat, params: Any, ones: set[int]) -> tuple[Any, set[int]]:
     Returns:
       (params, operations that need not add anything any more).
     """
-    parts = parts_of(flat.program, inline(flat.program, weigh=len), broadcast=True)
+    parts = parts_of(flat.program, inline(flat.program, weigh=len), written=True)
     done: set[int] = set()
     seen: set[int] = set()
     for at in sorted(ones):

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.graph.follow import Place
@@ -86,7 +88,7 @@ def readers(
       parts: of `parts_of`.
       taken: (operation, operand) that are left out.
     """
-    alive, found = set(flat.outputs), []
+    alive, found = {*flat.outputs, *flat.tests}, []
     for k in range(len(flat.ops) - 1, -1, -1):
         op = flat.ops[k]
         if op.primitive not in (LOOP, END) and alive.isdisjoint(op.outputs):
@@ -108,24 +110,46 @@ def readers(
     return found[::-1] + [Reader(part.path, "the result", part.index) for part in results]
 
 
-def parts_of(program: Program, flat: Inlined, *, broadcast: bool = False) -> dict[int, Part]:
+def parts_of(program: Program, flat: Inlined, *, written: bool = False) -> dict[int, Part]:
     """All values of an inlined program that are views of one leaf, by number.
 
     Args:
       program: what was traced.
       flat: its operations.
-      broadcast: whether a view may repeat elements.
+      written: whether what is written into the leaf must be what is read from it: no view through
+        integers or a narrower type. Such a view may repeat elements.
     """
     parts: dict[int, Part] = {}
     for number, (path, leaf) in enumerate(program.graph.params.items()):
         index = np.arange(math.prod(leaf.shape)).reshape(leaf.shape)
         parts[number] = Part(path, index, 0)
+    narrowed: set[int] = set()
     for op in flat.ops:
         if op.primitive == LOOP:
-            parts.update(_rows(op, parts))
-        elif (result := _viewed(op, parts, broadcast)) is not None:
+            inside = _rows(op, parts)
+            parts.update(inside)
+            pairs = zip(*rows(op), strict=True)
+            narrowed |= {inner for outer, inner in pairs if outer in narrowed}
+        elif (result := _viewed(op, parts, written)) is not None:
+            if written and not _holds(op, narrowed):
+                continue
             parts[op.outputs[0]] = result
     return parts
+
+
+def _holds(op: Op, narrowed: set[int]) -> bool:
+    # Whether a view gives what is written before it; notes views of a narrower type than the leaf.
+    old, new = (v.aval.dtype for v in (op.eqn.invars[0], op.eqn.outvars[0]))
+    if old == new:
+        wider, good = False, op.primitive != "reduce_precision"
+    else:
+        with jax.numpy_dtype_promotion("standard"):
+            wider = jnp.promote_types(old, new) == new
+        good = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in (old, new))
+    number = op.operands[0]
+    if (old != new and not wider) or number in narrowed:
+        narrowed.add(op.outputs[0])
+    return good and not (wider and number in narrowed)
 
 
 def _rows(op: Op, parts: dict[int, Part]) -> dict[int, Part]:
