@@ -41,7 +41,7 @@ class Flat:
         self.conditional = ", ".join(flat.choices)
         origins = {n: flat.values[n].origin for n in flat.tests}
         tests = {n for n, origin in origins.items() if origin.moves or origin.params}
-        self.outputs = tests.union(flat.outputs)
+        self.outputs = frozenset(flat.outputs).union(tests)
         self.ops = _live(flat.ops, self.outputs)
         self.at = {op.place: k for k, op in enumerate(self.ops) if op.primitive not in (LOOP, END)}
         self.trips: dict[tuple[Any, ...], int] = {(): 1}
