@@ -26,7 +26,7 @@ def dense(params, x):
 def test_no_noise_is_the_function_and_noise_is_its_rounding():
     moved = with_rounding(dense)  # one operation after the other: programs may be fused otherwise
     (y,), _ = moved(jnp.zeros(101), {"w": W}, X)
-    np.testing.assert_array_equal(y, dense({"w": W}, X))
+    np.testing.assert_array_equal(y, dense({"w": jnp.asarray(W)}, jnp.asarray(X)))
     (z,), _ = moved(jnp.asarray(np.random.default_rng(2).uniform(-1, 1, 101)), {"w": W}, X)
     want = np.tanh(X.astype(np.float64) @ W)
     apart, rounding = np.abs(np.asarray(z, np.float64) - want).max(), np.abs(y - want).max()
