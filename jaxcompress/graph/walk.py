@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 
 from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.graph import compat
 from jaxcompress.graph.checks import check_answer, check_states
 from jaxcompress.graph.custom import keep_rule
+from jaxcompress.graph.evaluate import Evaluator
 from jaxcompress.graph.follow import Place
 from jaxcompress.graph.sites import Tap
 from jaxcompress.graph.trace import Program, trace_program
@@ -63,161 +63,69 @@ def walk(
         program = trace_program(fn, params, *inputs, shardings=True)
         check_states(states, program)
         main = compat.body(program.closed)
-        walker = _Walker(program, visit, around, frozenset(states))
-        values = jax.tree.leaves((params, *inputs))
-        results, new_states = walker.run(main, values, dict(states), ())
-        return jax.tree.unflatten(jax.tree.structure(program.graph.out), results), new_states
+        walker = _Walker(program, visit, around, states)
+        results = walker.run(main, jax.tree.leaves((params, *inputs)))
+        return jax.tree.unflatten(jax.tree.structure(program.graph.out), results), walker.state
 
     return walked
 
 
-class _Walker:
-    """Evaluates jaxprs; enters those that hold a visited tap, leaves all other code as it is."""
+class _Walker(Evaluator):
+    """Enters jaxprs that hold a visited tap, leaves all other code as it is.
+
+    Its state are the states of the taps that lie in the jaxpr at hand, by name.
+    """
+
+    keeps_calls = True
 
     def __init__(
-        self, program: Program, visit: Visit, around: Around | None, names: frozenset[str]
+        self, program: Program, visit: Visit, around: Around | None, states: Mapping[str, Any]
     ):
         # The network runs on its mesh as its author wrote it, what visitors compute anywhere.
         self.visit, self.around = on_any_mesh(visit, like=lambda tap, *seen: seen), around
+        self.state = dict(states)
         self.taps: dict[Place, list[Tap]] = {}
         self.inside: dict[Place, list[str]] = {}  # names of the visited taps under a place
         for place, taps in program.places.items():
-            chosen = [tap for tap in taps if tap.name in names]
+            chosen = [tap for tap in taps if tap.name in states]
             if chosen:
                 self.taps[place] = chosen
             for depth in range(1, len(place)):
                 self.inside.setdefault(place[:depth], []).extend(tap.name for tap in chosen)
         self.inside = {place: found for place, found in self.inside.items() if found}
 
-    def run(
-        self, body: compat.Body, values: Sequence[Any], states: States, place: Place
-    ) -> tuple[list[Any], States]:
-        """The results of a jaxpr, and the states after it."""
-        jaxpr, states = body.jaxpr, dict(states)
-        known = dict(zip(jaxpr.constvars, body.consts, strict=True))
-        known.update(zip(jaxpr.invars, values, strict=True))
-        last = _last_uses(jaxpr)
+    def enters(self, eqn: Any, at: Place) -> bool:
+        """Only what holds a visited tap."""
+        return at in self.inside
 
-        def read(v):
-            return v.val if compat.is_literal(v) else known[v]
+    def enter(self, eqn: Any, values: list[Any], at: Place) -> Sequence[Any]:
+        """With the states of the taps inside alone."""
+        states = self.state
+        self.state = {name: states[name] for name in self.inside[at]}
+        results = super().enter(eqn, values, at)
+        self.state = {**states, **self.state}
+        return results
 
-        for number, eqn in enumerate(jaxpr.eqns):
-            here, operands = (*place, number), [read(v) for v in eqn.invars]
-            if here in self.inside:
-                inner = {name: states[name] for name in self.inside[here]}
-                with compat.surroundings(eqn):
-                    results, inner = self._enter(eqn, operands, inner, here)
-                states.update(inner)
-            else:
-                taps = self.taps.get(here, ())
-                for tap in taps:
-                    x = operands[tap.operand]
-                    if tap.site.primitive == compat.RAGGED:
-                        tap = dataclasses.replace(tap, sizes=operands[2])
-                    operands[tap.operand], states[tap.name] = self._see(tap, x, states[tap.name])
-                compute = functools.partial(compat.evaluate, eqn)
-                if taps and self.around is not None:
-                    name = taps[0].name
-                    answer = self.around(taps[0], compute, operands, states[name])
-                    results, states[name] = answer
-                else:
-                    results = compute(operands)
-            known.update(zip(eqn.outvars, results, strict=True))
-            for v in last.get(number, ()):
-                known.pop(v, None)
-        return [read(v) for v in jaxpr.outvars], states
+    def custom(self, eqn: Any, values: list[Any], at: Place) -> Sequence[Any]:
+        """The body is walked, the rule stays in force."""
+        body, where = compat.call_body(eqn), self.within(at, 0)
+        walked = lambda states, *values: self.carried(states, body, values, where)
+        results, self.state = keep_rule(eqn, values, self.state, walked)
+        return results
 
-    def _see(self, tap: Tap, x: Any, state: Any) -> tuple[Any, Any]:
-        answer = self.visit(tap, x, state)
-        check_answer(tap, x, state, answer=answer)
-        return answer
-
-    def _enter(
-        self, eqn: Any, values: list[Any], states: States, here: Place
-    ) -> tuple[list[Any], States]:
-        name = eqn.primitive.name
-        if name in compat.CALL:
-            return self.run(compat.call_body(eqn), values, states, (*here, 0))
-        if name in compat.JIT | compat.REMAT:
-            return self._call(eqn, values, states, here)
-        if name in compat.CUSTOM:
-            body = compat.call_body(eqn)
-            return keep_rule(eqn, values, states, lambda s, *v: self.run(body, v, s, (*here, 0)))
-        special = {"scan": self._scan, "while": self._while, "cond": self._cond}
-        return special[name](eqn, values, states, here)
-
-    def _call(self, eqn, values, states, here):
-        body = compat.call_body(eqn)
-
-        def inner(states, *values):
-            return self.run(body, values, states, (*here, 0))
-
-        if eqn.primitive.name in compat.REMAT:
-            call = jax.checkpoint(inner, **compat.remat_options(eqn.params))
-        else:
-            inner.__name__ = eqn.params["name"]
-            call = jax.jit(inner, **compat.jit_options(eqn.params))
-        return call(states, *values)
-
-    def _scan(self, eqn, values, states, here):
-        body, params = compat.body(eqn.params["jaxpr"]), eqn.params
-        num_consts, num_carry = compat.scan_sizes(params)
-        fixed, carry = values[:num_consts], values[num_consts : num_consts + num_carry]
-
-        def step(carry, row):
-            states, xs = row
-            results, states = self.run(body, [*fixed, *carry, *xs], states, (*here, 0))
-            return results[:num_carry], (results[num_carry:], states)
-
-        rows = (states, values[num_consts + num_carry :])
-        carry, (ys, states) = lax.scan(
-            step,
-            carry,
-            rows,
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
-        return [*carry, *ys], states
-
-    def _while(self, eqn, values, states, here):
-        test, step = (compat.body(eqn.params[key]) for key in ("cond_jaxpr", "body_jaxpr"))
-        num_test, num_fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        test_fixed, fixed = values[:num_test], values[num_test : num_test + num_fixed]
-        start = values[num_test + num_fixed :]
-
-        # The test updates states too, so its answer is part of the carry.
-        def tested(carry, states):
-            (going_on,), states = self.run(test, [*test_fixed, *carry], states, (*here, 0))
-            return going_on, carry, states
-
-        def body(loop):
-            _, carry, states = loop
-            carry, states = self.run(step, [*fixed, *carry], states, (*here, 1))
-            return tested(carry, states)
-
-        _, carry, states = lax.while_loop(lambda loop: loop[0], body, tested(start, states))
-        return carry, states
-
-    def _cond(self, eqn, values, states, here):
-        index, *operands = values
-
-        def branch(number, body):
-            return lambda states, *operands: self.run(body, operands, states, (*here, number))
-
-        branches = [branch(i, compat.body(b)) for i, b in enumerate(eqn.params["branches"])]
-        return lax.switch(index, branches, states, *operands)
-
-
-def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    # Equation number -> variables to forget after it, so that eager evaluation frees memory.
-    last: dict[Any, int] = {}
-    for number, eqn in enumerate(jaxpr.eqns):
-        last.update({v: number for v in (*eqn.invars, *eqn.outvars) if not compat.is_literal(v)})
-    for v in jaxpr.outvars:
-        if not compat.is_literal(v):
-            last.pop(v, None)
-    uses: dict[int, list[Any]] = {}
-    for v, number in last.items():
-        uses.setdefault(number, []).append(v)
-    return uses
+    def equation(self, eqn: Any, values: list[Any], at: Place) -> Sequence[Any]:
+        """Taps are visited on the way into an equation."""
+        taps = self.taps.get(at, ())
+        for tap in taps:
+            x, state = values[tap.operand], self.state[tap.name]
+            if tap.site.primitive == compat.RAGGED:
+                tap = dataclasses.replace(tap, sizes=values[2])
+            answer = self.visit(tap, x, state)
+            check_answer(tap, x, state, answer=answer)
+            values[tap.operand], self.state[tap.name] = answer
+        compute = functools.partial(compat.evaluate, eqn)
+        if not taps or self.around is None:
+            return compute(values)
+        name = taps[0].name
+        results, self.state[name] = self.around(taps[0], compute, values, self.state[name])
+        return results

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.graph import compat
+from jaxcompress.graph.evaluate import Evaluator
 
 _CHUNK = 16  # examples at a time: their windows stay in the cache
 
@@ -39,30 +40,21 @@ def fast_kernel_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def evaluated(*args: Any, **kwargs: Any) -> Any:
         closed, out = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
-        results = _run(compat.body(closed), jax.tree.leaves((args, kwargs)))
+        results = _Fast().run(compat.body(closed), jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(out), results)
 
     return evaluated
 
 
-def _run(body: compat.Body, values: Sequence[Any]) -> list[Any]:
-    known = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-    known.update(zip(body.jaxpr.invars, values, strict=True))
+class _Fast(Evaluator):
+    def enters(self, eqn: Any, at: Any) -> bool:
+        return eqn.primitive.name in compat.JIT
 
-    def read(v):
-        return v.val if compat.is_literal(v) else known[v]
-
-    for eqn in body.jaxpr.eqns:
-        operands = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in compat.JIT:
-            results = _run(compat.call_body(eqn), operands)
-        elif eqn.primitive.name == "conv_general_dilated" and _fits(eqn):
-            with compat.surroundings(eqn):
-                results = [_conv(*operands, eqn.params["window_strides"], eqn.params["padding"])]
-        else:
-            results = compat.evaluate(eqn, operands)
-        known.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in body.jaxpr.outvars]
+    def equation(self, eqn: Any, values: list[Any], at: Any) -> Sequence[Any]:
+        if eqn.primitive.name != compat.CONV or not _fits(eqn):
+            return super().equation(eqn, values, at)
+        with compat.surroundings(eqn):
+            return [_conv(*values, eqn.params["window_strides"], eqn.params["padding"])]
 
 
 def _fits(eqn: Any) -> bool:
