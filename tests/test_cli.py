@@ -532,6 +532,23 @@ def test_devices_help_and_ctrl_c(tmp_path, source, capsys, monkeypatch):
     assert "the same command goes on" in capsys.readouterr().err
 
 
+def test_a_package_that_is_missing_is_one_line_that_says_how_to_get_it(
+    tmp_path, capsys, monkeypatch
+):
+    params = {"w": jnp.ones((3, 2))}
+    save(tmp_path / "a.safetensors", params)
+    (tmp_path / "of_a_user.py").write_text("def apply(p, x):\n    return x @ p['w']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "litert_converter", None)
+    line = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "a.tflite")]
+    status = main([*line, "--model", "of_a_user:apply", "--input", "float32[1,3]"])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: LiteRT files need the package litert-converter")
+    assert not (tmp_path / "a.tflite").exists()
+
+
 def test_tensors_of_every_dtype_of_the_format_are_copied(tmp_path):
     sizes = {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
              "C64": 64, "U16": 16, "BF16": 16}  # fmt: skip

@@ -64,6 +64,13 @@ def _attention(h):
     return scores @ h
 
 
+def _by_horner(h, coefficients):
+    return jnp.polyval(jnp.array(coefficients), h)
+
+
+_polynomial = getattr(lax, "polynomial", _by_horner)
+
+
 def _layer_norm(h):
     mean = h.mean(-1, keepdims=True)
     return (h - mean) * lax.rsqrt(((h - mean) ** 2).mean(-1, keepdims=True) + 1e-3)
@@ -124,14 +131,9 @@ MAPS: dict[str, Callable] = {
     "exp": jnp.exp,
     "log": lambda h: jnp.log(1 + jnp.abs(h)),
     "log2": lambda h: jnp.log2(1 + jnp.abs(h)),
-    "polynomial": lambda h: (
-        lax.polynomial(h, (0.5, 0.0, 1.0))
-        if hasattr(lax, "polynomial")
-        else jnp.polyval(jnp.array([0.5, 0.0, 1.0]), h)
-    ),
-    "one_minus_square": lambda h: (
-        lax.one_minus_square(h) if hasattr(lax, "one_minus_square") else 1 - h * h
-    ),
+    # Primitives since JAX 0.12.
+    "polynomial": lambda h: _polynomial(h, (0.5, 0.0, 1.0)),
+    "one_minus_square": getattr(lax, "one_minus_square", lambda h: 1 - h * h),
     "sigmoid": jax.nn.sigmoid,
     "tanh": jnp.tanh,
     "silu": jax.nn.silu,
@@ -321,7 +323,7 @@ def _onnx(fn: Callable, params: Any, x: jax.Array) -> str:
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         (got,) = session.run(None, {session.get_inputs()[0].name: np.asarray(x)})
-    same = np.allclose(got, fn(params, x), rtol=1e-4, atol=1e-4, equal_nan=True)
+    same = np.allclose(np.asarray(got), fn(params, x), rtol=1e-4, atol=1e-4, equal_nan=True)
     return "ok" if same else "wrong"
 
 
