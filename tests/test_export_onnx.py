@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxcompress as jc
 from jaxcompress.export import onnx_graph
@@ -54,6 +55,18 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+def identities(x):
+    """x, by way of all identities that a network outside of a mesh may say."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = lax.with_sharding_constraint(jax.device_put(lax.stop_gradient(x), one), one)
+    return checkpoint_name(lax.copy_p.bind(lax.optimization_barrier((x, 2 * x))[0]), "name")
+
+
+def horner(x, coefficients):
+    """A polynomial, which newer versions of JAX have as a primitive."""
+    return functools.reduce(lambda sum_, a: sum_ * x + a, reversed(coefficients))
+
+
 ELEMENTWISE = {
     "arithmetic": lambda x: (x + 2.0) * x - x / 3.0 + (-x),
     "extremes": lambda x: jnp.maximum(x, 0.3) + jnp.minimum(x, -x),
@@ -90,6 +103,12 @@ ELEMENTWISE = {
     "softmax": lambda x: jax.nn.softmax(x, axis=-1),
     "log_softmax": lambda x: jax.nn.log_softmax(x, axis=-1),
     "stop": lambda x: lax.stop_gradient(x) + lax.reduce_precision(x, 8, 23),
+    "fewer digits": lambda x: lax.reduce_precision(x, 8, 7) + lax.reduce_precision(x, 5, 10),
+    "identities": lambda x: identities(x) @ identities(jnp.full((7, 2), 0.25)),
+    "log2": lambda x: jnp.log2(jnp.abs(x) + 0.1),
+    "tanh squared": lambda x: getattr(lax, "one_minus_square", lambda x: 1 - x * x)(jnp.tanh(x)),
+    "polynomial": lambda x: getattr(lax, "polynomial", horner)(x, (jnp.cos(x), 0.5 + 0 * x, x)),
+    "polyval": lambda x: jnp.polyval(jnp.array([0.5, -2.0, 3.0]), x),
 }
 
 
@@ -118,6 +137,20 @@ VIEWS = {
     "dynamic_slice": lambda x: lax.dynamic_slice_in_dim(x, 2, 3, 1),
     "pad": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 3), (2, 0)), constant_values=0.5),
     "crop": lambda x: lax.pad(x, jnp.float32(0), ((0, 0, 0), (-1, 2, 0), (1, -2, 0), (0, 0, 0))),
+    "pad between": lambda x: lax.pad(
+        x, jnp.float32(7), ((0, 0, 0), (1, -2, 2), (0, 3, 1), (-1, 0, 0))
+    ),
+    "pad by the batch": lambda x: jnp.pad(x[:, 0, 0], ((1, x.shape[0]), (0, 0))),
+    "pad the batch": lambda x: lax.pad(x[:, 0, 0], jnp.float32(1), ((0, 1, 1), (0, 0, 0))),
+    "tile": lambda x: jnp.tile(x, (2, 1, 3, 1)) + jnp.tile(x[:, :1], (2, 6, 3, 1)),
+    "broadcast_to": lambda x: jnp.broadcast_to(x, (2, *x.shape)) * 2.0,
+    "repeated, then moved": lambda x: (
+        jnp.broadcast_to(x[:, :1, None], (x.shape[0], 2, 3, 8, 4))[:, 1:, ::-1].reshape(-1, 12, 8)
+    ),
+    "unstack": lambda x: sum(jnp.unstack(x, axis=1)) + jnp.unstack(x, axis=1)[2],
+    "stack and unstack": lambda x: jnp.unstack(jnp.stack([x, 2 * x], axis=-1), axis=2)[1],
+    "stack of others": lambda x: jnp.stack([x[..., 0], jnp.ones_like(x[..., 0])], axis=1),
+    "permuting reshape": lambda x: lax.reshape(x, (4, x.shape[0] * 48), (3, 0, 1, 2)),
     "concatenate": lambda x: jnp.concatenate([x, 2 * x, jnp.ones_like(x)[:, :1]], axis=1),
     "stack": lambda x: jnp.stack([x, -x], axis=2),
     "split": lambda x: jnp.split(x, [1, 3], axis=3)[1] * jnp.split(x, 2, axis=3)[0],
@@ -340,9 +373,6 @@ def test_libraries(kind, tmp_path):
 ERRORS = {
     "sort": (lambda p, x: jnp.sort(x), r"sort at .*float32\[batch,3\].*no lowering"),
     "while": (lambda p, x: lax.while_loop(lambda x: jnp.sum(x) < 9.0, jnp.exp, x), "while.*no low"),
-    "inside": (
-        lambda p, x: lax.pad(x, jnp.float32(0), ((0, 0, 0), (0, 0, 1))), "pads between elements"
-    ),
     "batch": (
         lambda p, x: x if x.shape[0] == 2 * (x.shape[0] // 2) else jnp.sort(x), "traced|no low"
     ),

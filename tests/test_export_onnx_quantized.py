@@ -86,7 +86,7 @@ def test_codes_are_what_is_unpacked_and_follow_views(shape, place):
         assert codes.codes.min() >= -(2 ** (codes.bits - 1))
         back = tuple(range(len(shape)))[::-1]
         np.testing.assert_array_equal(codes.transposed(back).array(), want.T)
-        turned = codes.flipped((0,))
+        turned = codes.sliced((slice(None, None, -1),))
         assert (turned is None) == codes.ragged(0)  # a shorter block would come first
         if turned is not None:
             np.testing.assert_array_equal(turned.array(), want[::-1])
@@ -265,6 +265,22 @@ def test_views_move_codes(tmp_path):
         x = mark(x, scale=0.05, zero_point=-3, bits=8, narrow=False)
         y = jnp.transpose(jnp.pad(x[:, ::2], ((0, 0), (1, 0), (0, 0))), (0, 2, 1))
         y = jnp.concatenate([y, y], axis=1).reshape(x.shape[0], -1)
+        return mark(y, scale=0.05, zero_point=-3, bits=8, narrow=False)
+
+    x = normal(2, 6, 3)
+    report = export(fn, {}, x, path=tmp_path / "f.onnx")
+    assert report.nodes["QuantizeLinear"] == report.nodes["DequantizeLinear"] == 1
+    np.testing.assert_array_equal(run(report.path, x)[0], fn({}, x))
+
+
+def test_every_move_moves_codes(tmp_path):
+    def fn(params, x):
+        x = mark(x, scale=0.05, zero_point=-3, bits=8, narrow=False)
+        x = lax.optimization_barrier(lax.stop_gradient(x))
+        first, *_, last = jnp.unstack(jnp.tile(jnp.stack([x, x[:, ::-1]], 2), (1, 2, 1, 2)), axis=3)
+        y = jnp.broadcast_to(lax.pad(first, jnp.float32(0), ((0, 0, 0), (1, 0, 1), (0, 0, 0))), (
+            2, first.shape[0], 24, 2))  # fmt: skip
+        y = jnp.concatenate([jnp.moveaxis(y, 0, 1)[:, 0, :12], last], axis=1)
         return mark(y, scale=0.05, zero_point=-3, bits=8, narrow=False)
 
     x = normal(2, 6, 3)
@@ -488,6 +504,25 @@ def test_stacked_layers_stay_packed(tmp_path):
     report = export(fn, leaf, x, path=tmp_path / "f.onnx")
     assert report.nodes["MatMulNBits"] == 3
     np.testing.assert_allclose(run(report.path, x)[0], fn(jc.unpack(leaf), x), atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [(-1, -1), (None, -1)], ids=["alike", "tensor and columns"])
+def test_stacked_weights_stay_packed(axes, tmp_path):
+    recipe = [jc.quantize.weights(integer(4), axis=axis, group=None) for axis in axes]
+    arrays = normal(64, 64), normal(64, 64, seed=2)
+    leaves = [r.pack(w, r.init(w)) for r, w in zip(recipe, arrays, strict=True)]
+
+    def fn(p, x):
+        stacked = jnp.stack([lax.stop_gradient(p[0]), lax.optimization_barrier(p[1])])
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stacked)[0]
+        for w in jnp.unstack(stacked[::-1]):
+            x = jnp.tanh(x @ w.T)
+        return x @ jnp.concatenate(p, 1)
+
+    x = normal(2, 64, seed=1)
+    report = export(fn, leaves, x, path=tmp_path / "f.onnx")
+    assert report.nodes["MatMulNBits"] == 5 and not any(row.why for row in report.larger)
+    np.testing.assert_allclose(run(report.path, x)[0], fn(jc.unpack(leaves), x), atol=1e-4)
 
 
 def test_grids_that_no_runtime_has(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from jaxcompress.core.pytrees import is_nibbles, stored_bits
 from jaxcompress.export.onnx_graph import Graph
 from jaxcompress.export.onnx_stored import blockwise, indices, of_packed, opened
 from jaxcompress.formats.integer import Integer
+from jaxcompress.graph.primitives.movement import Pad, Permute, Step, Take
 
 
 class Codes(NamedTuple):
@@ -22,7 +24,7 @@ class Codes(NamedTuple):
       zero: int32 of the same shape.
       bits: at most 8: codes lie in [-2**(bits - 1), 2**(bits - 1)).
       block: along each axis, elements of a block; the last one may have fewer.
-      leaf: path of the packed leaf that holds them.
+      leaves: paths of the packed leaves that hold them.
       dtype: of x; integers below a byte are floats in the file, which has none to compute with.
     """
 
@@ -31,7 +33,7 @@ class Codes(NamedTuple):
     zero: np.ndarray
     bits: int
     block: tuple[int, ...]
-    leaf: str = ""
+    leaves: frozenset[str] = frozenset()
     dtype: Any = np.dtype(np.float32)
 
     @property
@@ -66,28 +68,28 @@ class Codes(NamedTuple):
 
     def unpacked(self, why: str) -> np.ndarray:
         """The same as an array that remembers its leaf, and why it is packed no more."""
-        return opened(self.array(), frozenset({self.leaf} if self.leaf else ()), why)
+        return opened(self.array(), self.leaves, why)
 
     def emit(self, graph: Graph) -> str:
         """The tensor of the numbers, made by operations of the file that hold for any blocks."""
         half = 2 ** (self.bits - 1)
         if self.bits > 4:
-            name = graph.emit("Cast", [graph.constant(self.codes, leaf=self.leaf)], to=1)
+            name = graph.emit("Cast", [graph.constant(self.codes, leaves=self.leaves)], to=1)
             offset = self.zero
         else:
             unsigned = (self.codes.astype(np.int32) + half).astype(np.uint8)
-            name = indices(graph, unsigned, self.bits, self.leaf)
+            name = indices(graph, unsigned, self.bits, self.leaves)
             name, offset = graph.emit("Cast", [name], to=1), self.zero + half
         where = (self.scale.shape, self.block, self.shape)
         if offset.any():
             same = offset.min() == offset.max()
             numbers = offset.reshape(-1)[:1].reshape(()) if same else offset
             kept = graph.constant(
-                numbers.astype(np.uint8 if numbers.min() >= 0 else np.int8), leaf=self.leaf
+                numbers.astype(np.uint8 if numbers.min() >= 0 else np.int8), leaves=self.leaves
             )
             zero = graph.emit("Cast", [kept], to=1)
             name = graph.emit("Sub", [name, zero if same else blockwise(graph, zero, *where)])
-        scale = graph.constant(self.scale, leaf=self.leaf)
+        scale = graph.constant(self.scale, leaves=self.leaves)
         return graph.emit("Mul", [name, blockwise(graph, scale, *where)])
 
     def opened(self, axis: int) -> "Codes":
@@ -107,12 +109,15 @@ class Codes(NamedTuple):
             block=tuple(self.block[axis] for axis in order),
         )
 
-    def flipped(self, axes: tuple[int, ...]) -> "Codes | None":
-        """Reversed along axes, None where a shorter block would come first."""
-        if any(self.ragged(axis) for axis in axes):
+    def stepped(self, step: Step) -> "Codes | None":
+        """After a step that moves elements, None where codes would not follow."""
+        if isinstance(step, Permute):
+            return self.transposed(step.order)
+        if isinstance(step, Take):
+            return self.sliced(step.slices)
+        if isinstance(step, Pad) or math.prod(step.sizes) != self.codes.size:
             return None
-        flip = lambda a: np.flip(a, axes)
-        return self._replace(codes=flip(self.codes), scale=flip(self.scale), zero=flip(self.zero))
+        return self.reshaped(step.sizes)
 
     def reshaped(self, shape: tuple[int, ...]) -> "Codes | None":
         """In another shape, None where the blocks would not follow an axis of it.
@@ -140,13 +145,15 @@ class Codes(NamedTuple):
         return None
 
     def sliced(self, bounds: tuple[slice, ...]) -> "Codes | None":
-        """A slice, None where it would cut blocks."""
+        """A slice, None where it would cut blocks or begin with a shorter one."""
         few = []
         for axis, bound in enumerate(bounds):
             n, size = self.shape[axis], self.block[axis]
             start, stop, step = bound.indices(n)
             if self.blocks(axis) == 1 or size == 1:
                 few.append(bound if size == 1 else slice(None))
+            elif step == -1 and not self.ragged(axis):
+                few.append(bound)
             elif step == 1 and start % size == 0 and (stop % size == 0 or stop == n):
                 few.append(slice(start // size, -(-stop // size)))
             else:
@@ -156,6 +163,31 @@ class Codes(NamedTuple):
         sizes = zip(self.block, codes.shape, scale.shape, strict=True)
         block = tuple(max(n, 1) if s == 1 else b for b, n, s in sizes)
         return self._replace(codes=codes, scale=scale, zero=self.zero[cut], block=block)
+
+
+def joined(parts: Sequence[Codes], axis: int) -> Codes | None:
+    """One behind the other along an axis, None where that takes scales that cost too much.
+
+    Blocks of other sizes are cut, as in `Codes.reshaped`.
+    """
+    first, bytes_ = parts[0], sum(4 * part.scale.size for part in parts)
+    if len({(part.bits, part.dtype) for part in parts}) > 1:
+        return None
+    for a in range(len(first.shape)):
+        fit = len({part.block[a] for part in parts}) == 1
+        if a == axis:
+            fit = fit and not any(part.shape[a] % part.block[a] for part in parts[:-1])
+        parts = parts if fit else [part.opened(a) for part in parts]
+    scale = np.concatenate([part.scale for part in parts], axis)
+    codes = np.concatenate([part.codes for part in parts], axis)
+    if 4 * scale.size > max(bytes_, codes.size // 2):
+        return None
+    return parts[0]._replace(
+        codes=codes,
+        scale=scale,
+        zero=np.concatenate([part.zero for part in parts], axis),
+        leaves=frozenset().union(*(part.leaves for part in parts)),
+    )
 
 
 def _moved_scales(
@@ -218,7 +250,7 @@ def of_leaf(leaf: Any, path: str = "") -> Any:
     if isinstance(form, QTensor) and isinstance(form.format, Integer) and form.format.bits <= 8:
         layout = _blocks(form)
         if layout is not None and form.dtype == "float32":
-            return _of_integers(form, *layout)._replace(leaf=path)
+            return _of_integers(form, *layout)._replace(leaves=frozenset({path}))
     if not is_packed(leaf) and is_nibbles(leaf.dtype) and leaf.size:
         return _of_nibbles(np.asarray(leaf), path)
     return of_packed(leaf, path)
@@ -230,7 +262,8 @@ def _of_nibbles(array: np.ndarray, path: str) -> Codes:
     zero = 0 if np.int8(-1).astype(dtype) < 0 else -(2 ** (bits - 1))
     one = (1,) * array.ndim
     codes, zeros = array.astype(np.int8) + np.int8(zero), np.full(one, zero, np.int32)
-    return Codes(codes, np.ones(one, np.float32), zeros, bits, array.shape, path, dtype)
+    scale, leaves = np.ones(one, np.float32), frozenset({path})
+    return Codes(codes, scale, zeros, bits, array.shape, leaves, dtype)
 
 
 def _of_integers(leaf: QTensor, order: tuple[int, ...], shape: Any, block: Any) -> Codes:

@@ -90,6 +90,36 @@ def _exp2(low: Lowering, e: Equation) -> None:
     together(low, e, lambda names: low.emit("Pow", [number(low, e, 2), names[0]]))
 
 
+@rule("log2")
+def _log2(low: Lowering, e: Equation) -> None:
+    def compute(names):
+        return low.emit("Div", [low.emit("Log", names), number(low, e, np.log(2))])
+
+    together(low, e, compute)
+
+
+@rule("polynomial")
+def _polynomial(low: Lowering, e: Equation) -> None:
+    # a_0 + x (a_1 + x (a_2 + ...))
+    def compute(names):
+        x, *rest, sum_ = names
+        for coefficient in reversed(rest):
+            sum_ = low.emit("Add", [low.emit("Mul", [sum_, x]), coefficient])
+        return sum_
+
+    together(low, e, compute)
+
+
+@rule("one_minus_square")
+def _one_minus_square(low: Lowering, e: Equation) -> None:
+    # (1 + x) (1 - x), which keeps digits where |x| is near 1.
+    def compute(names):
+        ends = [low.emit(op, [number(low, e, 1), *names]) for op in ("Add", "Sub")]
+        return low.emit("Mul", ends)
+
+    together(low, e, compute)
+
+
 @rule("log1p")
 def _log1p(low: Lowering, e: Equation) -> None:
     # log(u) x / (u - 1) with u = 1 + x: exact where 1 + x loses x's digits; x where u is 1.

@@ -109,7 +109,7 @@ def _turned(low: Lowering, e: Equation, spec: tuple[int, ...], groups: int):
     out, into, *space = spec
     if isinstance(known, Codes) and groups == 1:
         codes = known.transposed((into, out, *space))
-        turned = codes.flipped(tuple(range(2, len(spec))))
+        turned = codes.sliced((slice(None),) * 2 + (slice(None, None, -1),) * len(space))
         if turned is not None:
             return turned
     if not isinstance(known, Codes | Stored):

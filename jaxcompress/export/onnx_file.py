@@ -27,7 +27,7 @@ from jaxcompress.export import (  # noqa: F401  (they fill the table of rules)
 from jaxcompress.export.marked_program import marked_program
 from jaxcompress.export.onnx_graph import Graph, Port, require_onnx
 from jaxcompress.export.onnx_lower import Lowering, Settings, refusal
-from jaxcompress.export.onnx_rules import RULES
+from jaxcompress.export.onnx_rules import lowering
 from jaxcompress.export.onnx_shapes import Dims, is_static
 from jaxcompress.export.onnx_trace import LONGEST_SCAN, Trace, trace
 from jaxcompress.export.sessions import of_bytes
@@ -238,12 +238,14 @@ def _check(**given: str) -> None:
 
 def _larger(params: Any, graph: Graph, outputs: Sequence[Port]) -> tuple[Larger, ...]:
     # The packed leaves that take more than packed, up to small tables; warns of float32.
-    sizes = graph.leaf_bytes([port.name for port in outputs])
+    leaves = dict(leaves_with_paths(params, is_leaf=is_packed))
+    least_of = {path: packed_bytes(leaf) for path, leaf in leaves.items()}
+    sizes = graph.leaf_bytes([port.name for port in outputs], least_of)
     rows = []
-    for path, leaf in leaves_with_paths(params, is_leaf=is_packed):
+    for path, leaf in leaves.items():
         if path not in sizes or not (is_packed(leaf) or stored_bits(leaf.dtype) <= 8):
             continue
-        (taken, why), least = sizes[path], packed_bytes(leaf)
+        (taken, why), least = sizes[path], least_of[path]
         if taken > 1.02 * least + 64:
             rows.append(Larger(path, why, taken, least))
     floats = [row for row in rows if row.why]
@@ -269,7 +271,9 @@ def _lowered(trace: Trace, settings: Settings):
     _refuse_unknown(trace.equations)
     for equation in trace.equations:
         graph.scope = equation.scope
-        RULES[equation.primitive](low, equation)
+        lower = lowering(equation.primitive)
+        assert lower is not None
+        lower(low, equation)
     graph.scope = ""
     taken = {name for name, _, _ in trace.inputs}
     outputs = []
@@ -284,7 +288,7 @@ def _lowered(trace: Trace, settings: Settings):
 
 def _refuse_unknown(equations: Sequence[Equation]) -> None:
     for e in equations:
-        if e.primitive not in RULES:
+        if lowering(e.primitive) is None:
             why = "this primitive has no lowering"
             if e.primitive == "scan":
                 why = f"loops of more than {LONGEST_SCAN} trips are not unrolled"

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,15 +70,17 @@ class Graph:
         names = self._nodes[key].outputs
         return names[0] if outputs == 1 else names
 
-    def constant(self, array: Any, *, stored: str = "", of: Any = None, leaf: str = "") -> str:
+    def constant(
+        self, array: Any, *, stored: str = "", of: Any = None, leaves: frozenset[str] = frozenset()
+    ) -> str:
         """The name of a constant; `stored` "int4" or "uint4" packs two numbers in a byte.
 
-        `leaf` is the path of the packed leaf that it belongs to, for `leaf_bytes`.
+        `leaves` are the paths of the packed leaves that it belongs to, for `leaf_bytes`.
 
         Equal constants are one, save those `of` different things: runtimes that rewrite what
         belongs to one operation (a zero point) would change it for others, or refuse the file.
         """
-        leaves = getattr(array, "leaves", frozenset({leaf} if leaf else ()))
+        leaves = getattr(array, "leaves", leaves)
         why, array = getattr(array, "why", ""), np.asarray(array)
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
         key = (array.dtype.name, array.shape, stored, digest, of)
@@ -90,18 +92,21 @@ class Graph:
             self._belongs.setdefault(name, {}).update(dict.fromkeys(leaves, why))
         return name
 
-    def leaf_bytes(self, outputs: Sequence[str]) -> dict[str, tuple[int, str]]:
+    def leaf_bytes(
+        self, outputs: Sequence[str], sizes: Mapping[str, int]
+    ) -> dict[str, tuple[int, str]]:
         """Packed leaf -> bytes of the constants that are in the file for it, and why it is not
-        packed there ("" if it is). A constant of several leaves counts for the first."""
+        packed there ("" if it is). Leaves share a constant as their `sizes` are."""
         used = {value for node in self.live(outputs) for value in node.inputs}
         found: dict[str, tuple[int, str]] = {}
         for name, leaves in self._belongs.items():
             array, stored = self._arrays[name]
-            share = array.nbytes // (2 if stored else 1) if name in used else 0
-            for path, why in sorted(leaves.items()):
+            taken = array.nbytes // (2 if stored else 1) if name in used else 0
+            whole = max(sum(sizes[path] for path in leaves), 1)
+            for path, why in leaves.items():
                 before, reason = found.get(path, (0, ""))
+                share = taken * sizes[path] // whole
                 found[path] = before + share, reason or (why if name in used else "")
-                share = 0
         return found
 
     def _name(self) -> str:

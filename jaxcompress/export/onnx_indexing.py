@@ -15,6 +15,7 @@ from jaxcompress.export.onnx_rules import rule
 from jaxcompress.export.onnx_shapes import is_static
 from jaxcompress.export.onnx_views import sliced, source
 from jaxcompress.graph.equations import Equation
+from jaxcompress.graph.primitives.movement import Take
 
 
 @rule("gather")
@@ -67,14 +68,14 @@ def _rows_of_codes(low: Lowering, table: Codes, ids: str, axis: int, lead: int) 
         return low.emit("Gather", [table.emit(low.graph), ids], axis=axis)
     if table.bits <= 4:
         return low.emit("Gather", [dequantized(low, table), ids], axis=axis)
-    kept = low.graph.constant(table.codes, leaf=table.leaf)
+    kept = low.graph.constant(table.codes, leaves=table.leaves)
     codes = low.emit("Gather", [kept, ids], axis=axis)
     rest = [n for a, n in enumerate(table.scale.shape) if a != axis]
     if table.blocks(axis) == 1 and all(n == 1 for n in rest):
         scale, zero = table.scale.reshape(()), table.zero.reshape(()).astype(np.int8)
         return low.emit("DequantizeLinear", [codes, *map(low.graph.constant, (scale, zero))])
     numbers = (table.scale, table.zero)
-    parts = [_looked_up(low, a, ids, axis, lead, table.leaf) for a in numbers]
+    parts = [_looked_up(low, a, ids, axis, lead, table.leaves) for a in numbers]
     steps = low.emit("Cast", [codes], to=1)
     if not table.symmetric:
         steps = low.emit("Sub", [steps, parts[1]])
@@ -82,14 +83,14 @@ def _rows_of_codes(low: Lowering, table: Codes, ids: str, axis: int, lead: int) 
 
 
 def _looked_up(
-    low: Lowering, numbers: np.ndarray, ids: str, axis: int, lead: int, leaf: str
+    low: Lowering, numbers: np.ndarray, ids: str, axis: int, lead: int, leaves: frozenset[str]
 ) -> str:
     # Scales beside the rows that are looked up.
     numbers = numbers.astype(np.float32)
     if numbers.shape[axis] > 1:
-        return low.emit("Gather", [low.graph.constant(numbers, leaf=leaf), ids], axis=axis)
+        return low.emit("Gather", [low.graph.constant(numbers, leaves=leaves), ids], axis=axis)
     shape = (*numbers.shape[:axis], *[1] * lead, *numbers.shape[axis + 1 :])
-    return low.graph.constant(numbers.reshape(shape), leaf=leaf)
+    return low.graph.constant(numbers.reshape(shape), leaves=leaves)
 
 
 def _rows_of_nibbles(low: Lowering, table: Codes, ids: str) -> str | None:
@@ -105,7 +106,7 @@ def _rows_of_nibbles(low: Lowering, table: Codes, ids: str) -> str | None:
     scale, points = (
         np.broadcast_to(a[:, where], (rows, width // size)) for a in (table.scale, table.zero + 8)
     )
-    constant = lambda a: low.graph.constant(a, leaf=table.leaf)
+    constant = lambda a: low.graph.constant(a, leaves=table.leaves)
     data = joined_codes((table.codes.astype(np.int32) + 8).astype(np.uint8), 4)
     inputs = [constant(data), ids, constant(np.ascontiguousarray(scale))]
     inputs.append(constant(joined_codes(points.astype(np.uint8), 4)))
@@ -176,7 +177,7 @@ def _put_slice(
 ) -> None:
     shape, x = low.shape(e.operands[0]), source(low, e)
     cuts = [b if is_static([n]) else (0, n, 1) for b, n in zip(bounds, shape, strict=True)]
-    x = sliced(low, x, cuts, shape)
+    x = sliced(low, x, Take(tuple(cuts)), shape)
     kept = [k for k, axis in enumerate(x.order) if axis in target]
     sizes = tuple(x.shape[k] for k in kept)
     name = low.dims.reshape(x.name, x.shape, sizes)
@@ -193,7 +194,7 @@ def _dynamic_slice(low: Lowering, e: Equation) -> None:
         known = zip(places, shape, sizes, strict=True)
         firsts = [min(max(at, 0), n - size) for at, n, size in known]
         bounds = [(first, first + size, 1) for first, size in zip(firsts, sizes, strict=True)]
-        x = sliced(low, source(low, e), bounds, shape)
+        x = sliced(low, source(low, e), Take(tuple(bounds)), shape)
         return low.put(e.outputs[0], x.name, order=x.order, grid=x.grid)
     x, order = source(low, e), None
     order = x.order

@@ -200,10 +200,10 @@ class Lowering:
         found = self.live(number) if found is None else found
         found = self.ordered(found, order)  # codes are moved, where there are
         found = found if codes else self.floats(found)
-        return found if loose else self._full(found, number)
+        return found if loose else self.full(found, self.shape(number))
 
-    def _full(self, tensor: Tensor, number: int) -> Tensor:
-        sizes = self.shape(number)
+    def full(self, tensor: Tensor, sizes: Sequence[Any]) -> Tensor:
+        """The same, a value of these sizes, with nothing left to repeat."""
         full = tuple(sizes[axis] for axis in tensor.order)
         if full == tensor.shape:
             return tensor

@@ -114,7 +114,7 @@ def product(low: Lowering, x: Tensor, matrix: Any, *, quantized: bool) -> str:
         return low.emit("MatMul", [x.name, dequantized(low, matrix)])
     if matrix.block[0] == 1 and matrix.blocks(1) == 1 and matrix.symmetric:
         # Scales of the inputs: x (s q) = (x s) q.
-        scale = low.graph.constant(matrix.scale.reshape(-1), leaf=matrix.leaf)
+        scale = low.graph.constant(matrix.scale.reshape(-1), leaves=matrix.leaves)
         x = x._replace(name=low.emit("Mul", [x.name, scale]))
         matrix = matrix._replace(
             scale=np.ones((1, 1), np.float32), zero=matrix.zero[:1], block=matrix.shape
@@ -128,7 +128,7 @@ def product(low: Lowering, x: Tensor, matrix: Any, *, quantized: bool) -> str:
 def _in_integers(low: Lowering, x: Tensor, matrix: Codes) -> str:
     # y = S_x S_w sum_k (q_x - z_x) q_w, S_x and z_x of this tensor
     quantized, scale, zero = low.emit("DynamicQuantizeLinear", [x.name], outputs=3)
-    codes = low.graph.constant(matrix.codes, leaf=matrix.leaf)
+    codes = low.graph.constant(matrix.codes, leaves=matrix.leaves)
     zeros = low.graph.constant(np.zeros((), np.int8), of=codes)
     sums = low.emit("MatMulInteger", [quantized, codes, zero, zeros])
     shape = (-1,) if matrix.scale.size > 1 else ()
@@ -157,7 +157,7 @@ def _in_blocks(low: Lowering, x: Tensor, matrix: Codes, size: int) -> str:
     padded = np.full((blocks * size, width), half, np.uint8)
     padded[:depth] = matrix.codes.astype(np.int32) + half
     rows = joined_codes(padded.T.reshape(width, blocks, size), bits)
-    constant = lambda a: low.graph.constant(a, leaf=matrix.leaf)
+    constant = lambda a: low.graph.constant(a, leaves=matrix.leaves)
     # One scale for each of these blocks, repeated when the file is loaded.
     sizes = (matrix.block[1], -(-matrix.block[0] // size))
     scale = constant(np.ascontiguousarray(matrix.scale.T))

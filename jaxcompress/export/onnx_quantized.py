@@ -81,7 +81,7 @@ def stored(low: Lowering, codes: Codes, *, wide: bool = False) -> tuple[str, str
     if packed:
         low.graph.opset = max(low.graph.opset, _BLOCKED_OPSET)
     kind = "int4" if packed else ""
-    return low.graph.constant(codes.codes, stored=kind, leaf=codes.leaf), kind
+    return low.graph.constant(codes.codes, stored=kind, leaves=codes.leaves), kind
 
 
 def dequantized(low: Lowering, codes: Codes, *, wide: bool = False) -> str:
@@ -104,7 +104,7 @@ def dequantized(low: Lowering, codes: Codes, *, wide: bool = False) -> str:
     else:
         scale, zero = scale.reshape(()), zero.reshape(())
     name, kind = stored(low, codes, wide=wide)
-    scales = low.graph.constant(scale, leaf=codes.leaf)
+    scales = low.graph.constant(scale, leaves=codes.leaves)
     zeros = low.graph.constant(np.asarray(zero, np.int8), stored=kind, of=name)
     return low.emit("DequantizeLinear", [name, scales, zeros], **attributes)
 

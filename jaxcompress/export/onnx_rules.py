@@ -8,10 +8,18 @@ import numpy as np
 
 from jaxcompress.export.onnx_lower import Lowering, Tensor, compressed, joined
 from jaxcompress.graph.equations import Equation
+from jaxcompress.graph.primitives.table import row
 
 Rule = Callable[[Lowering, Equation], None]
 RULES: dict[str, Rule] = {}
 """Primitive -> what lowers it."""
+KINDS: dict[str, Rule] = {}
+"""Kind of primitives -> what lowers all of them that have no rule of their own."""
+
+
+def lowering(primitive: str) -> Rule | None:
+    """What lowers a primitive, if anything does."""
+    return RULES.get(primitive) or KINDS.get(row(primitive).kind)
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
@@ -186,10 +194,15 @@ def onnx_kind(dtype: Any) -> int:
     return numbers[jnp.dtype(dtype).name]
 
 
-@rule(
-    "copy", "copy_p", "stop_gradient", "name", "reduce_precision", "sharding_constraint",
-    "optimization_barrier", "pvary",
-)  # fmt: skip
-def _same(low: Lowering, e: Equation) -> None:
-    for source, result in zip(e.operands, e.outputs, strict=True):
-        low.alias(result, source)
+@rule("reduce_precision")
+def _reduce_precision(low: Lowering, e: Equation) -> None:
+    p, dtype = e.eqn.params, low.avals[e.outputs[0]].dtype
+    own, target = jnp.finfo(dtype), (p["exponent_bits"], p["mantissa_bits"])
+    if target[0] >= own.nexp and target[1] >= own.nmant:
+        return low.alias(e.outputs[0], e.operands[0])
+    kind = {(8, 7): "bfloat16", (5, 10): "float16", (8, 23): "float32"}.get(target)
+    if kind is None:
+        raise low.refuse(e, "ONNX has no floats of these bits")
+    there, back = onnx_kind(kind), onnx_kind(dtype)
+    cast = lambda names: low.emit("Cast", [low.emit("Cast", names, to=there)], to=back)
+    together(low, e, cast)

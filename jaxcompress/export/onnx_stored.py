@@ -67,7 +67,8 @@ def of_packed(leaf: Any, path: str) -> Any:
         bytewise = array.dtype.itemsize == 1 and array.dtype.kind in "iu"
         if not (bytewise or array.dtype.itemsize == 2) or array.ndim < 2:
             return leaf
-        return Stored(array, lambda low: low.graph.constant(array, leaf=path), leaves, array.nbytes)
+        make = lambda low: low.graph.constant(array, leaves=leaves)
+        return Stored(array, make, leaves, array.nbytes)
     numbers = np.asarray(unpack(leaf))
     form = dense(leaf)
     if not isinstance(form, QTensor) or numbers.size == 0:
@@ -76,7 +77,7 @@ def of_packed(leaf: Any, path: str) -> Any:
     if parts is None or not _same(_joined(form, parts), numbers):
         return opened(numbers, leaves, f"the format {form.format.name} has no table")
     size = math.ceil(form.size * parts.bits / 8) + parts.table.nbytes
-    make = lambda low: _made(low.graph, form, parts, path, numbers.dtype)
+    make = lambda low: _made(low.graph, form, parts, leaves, numbers.dtype)
     return Stored(numbers, make, leaves, size)
 
 
@@ -145,50 +146,50 @@ def _joined(leaf: QTensor, parts: _Parts) -> np.ndarray:
     return values if parts.scale is None else values * parts.scale.reshape(-1)[_blocks(leaf)]
 
 
-def _made(graph: Graph, leaf: QTensor, parts: _Parts, path: str, dtype: Any) -> str:
-    index = indices(graph, parts.codes, parts.bits, path)
+def _made(graph: Graph, leaf: QTensor, parts: _Parts, leaves: frozenset[str], dtype: Any) -> str:
+    index = indices(graph, parts.codes, parts.bits, leaves)
     if parts.table.ndim == 2 and len(parts.table) > 1:  # a table for every block, one after another
         places = np.arange(len(parts.table), dtype=np.int32) * parts.table.shape[1]
         shape = leaf.granularity.scale_shape(leaf.shape)
-        start = graph.constant(places.reshape(shape), leaf=path)
+        start = graph.constant(places.reshape(shape), leaves=leaves)
         index = graph.emit("Add", [index, _spread(graph, start, leaf)])
-    name = graph.emit("Gather", [graph.constant(parts.table.reshape(-1), leaf=path), index])
+    name = graph.emit("Gather", [graph.constant(parts.table.reshape(-1), leaves=leaves), index])
     if parts.zero is not None:
-        zero = few_numbers(graph, parts.zero, path)
+        zero = few_numbers(graph, parts.zero, leaves)
         name = graph.emit("Sub", [name, _spread(graph, zero, leaf)])
     if parts.scale is not None:
-        scale = few_numbers(graph, parts.scale, path)
+        scale = few_numbers(graph, parts.scale, leaves)
         name = graph.emit("Mul", [name, _spread(graph, scale, leaf)])
     if dtype != np.float32:
         name = graph.emit("Cast", [name], to={"float16": 10, "bfloat16": 16}[dtype.name])
     return name
 
 
-def few_numbers(graph: Graph, numbers: np.ndarray, path: str) -> str:
+def few_numbers(graph: Graph, numbers: np.ndarray, leaves: frozenset[str]) -> str:
     """float32 numbers, as a table and bytes where few of them differ (powers of two, float8)."""
     table, places = np.unique(numbers, return_inverse=True)
     if len(table) > 256 or 4 * len(table) + numbers.size >= 4 * numbers.size:
-        return graph.constant(numbers, leaf=path)
-    index = graph.constant(places.reshape(numbers.shape).astype(np.uint8), leaf=path)
+        return graph.constant(numbers, leaves=leaves)
+    index = graph.constant(places.reshape(numbers.shape).astype(np.uint8), leaves=leaves)
     index = graph.emit("Cast", [index], to=_INT32)
-    return graph.emit("Gather", [graph.constant(table, leaf=path), index])
+    return graph.emit("Gather", [graph.constant(table, leaves=leaves), index])
 
 
-def indices(graph: Graph, codes: np.ndarray, bits: int, path: str) -> str:
+def indices(graph: Graph, codes: np.ndarray, bits: int, leaves: frozenset[str]) -> str:
     """Unsigned codes below 2**bits as int32; in the file two or more in a byte where they fit."""
     if bits > 4:
-        name = graph.constant(codes.astype(np.uint8), leaf=path)
+        name = graph.constant(codes.astype(np.uint8), leaves=leaves)
         return graph.emit("Cast", [name], to=_INT32)
     if bits > 2 or codes.size < _LONG:
         graph.opset = max(graph.opset, _BLOCKED_OPSET)
-        name = graph.constant(codes.astype(np.uint8), stored="uint4", leaf=path)
+        name = graph.constant(codes.astype(np.uint8), stored="uint4", leaves=leaves)
         one = graph.constant(np.ones((), np.float32))
         name = graph.emit("DequantizeLinear", [name, one])
         return graph.emit("Cast", [name], to=_INT32)
-    return _from_bytes(graph, codes, bits, path)
+    return _from_bytes(graph, codes, bits, leaves)
 
 
-def _from_bytes(graph: Graph, codes: np.ndarray, bits: int, path: str) -> str:
+def _from_bytes(graph: Graph, codes: np.ndarray, bits: int, leaves: frozenset[str]) -> str:
     # Each byte opens into a row of a table; three values (1.6 bits) lie five to a byte.
     trits = bits == 2 and codes.max(initial=0) <= 2
     width, base = (5, 3) if trits else (8 // bits, 2**bits)
@@ -197,7 +198,7 @@ def _from_bytes(graph: Graph, codes: np.ndarray, bits: int, path: str) -> str:
     powers = base ** np.arange(width)
     packed = (flat.reshape(-1, width) * powers).sum(-1).astype(np.uint8)
     table = (np.arange(base**width)[:, None] // powers % base).astype(np.uint8)
-    index = graph.emit("Cast", [graph.constant(packed, leaf=path)], to=_INT32)
+    index = graph.emit("Cast", [graph.constant(packed, leaves=leaves)], to=_INT32)
     rows = graph.emit("Gather", [graph.constant(table), index])
     ints = lambda *values: graph.constant(np.asarray(values, np.int64))
     name = graph.emit("Reshape", [rows, ints(-1)])

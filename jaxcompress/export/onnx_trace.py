@@ -13,16 +13,19 @@ from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.core.packed import is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.export.marks import FAKE_QUANT
-from jaxcompress.export.onnx_codes import Codes, of_leaf, of_mark
+from jaxcompress.export.onnx_codes import Codes, joined, of_leaf, of_mark
 from jaxcompress.export.onnx_lower import Lowering
-from jaxcompress.export.onnx_rules import RULES
+from jaxcompress.export.onnx_rules import lowering
 from jaxcompress.export.onnx_shapes import is_static
 from jaxcompress.export.onnx_stored import Opened, Stored, opened
 from jaxcompress.graph import compat
 from jaxcompress.graph.equations import Equation, Flattener, needed, unrolled
+from jaxcompress.graph.primitives.movement import moved
+from jaxcompress.graph.primitives.table import row
 
 LONGEST_SCAN = 64
 """Trips of the longest loop that is unrolled."""
+_CONVERT = "convert_element_type"
 
 
 class Trace(NamedTuple):
@@ -106,7 +109,7 @@ def _evaluate(e: Equation, values: list[Any]) -> list[Any] | None:
     if isinstance(values[0] if values else None, Codes):
         followed = _followed(e, values)
         if followed is not None:
-            return [followed]
+            return followed
     arrays = [_numbers(v) for v in values]
     results = compat.evaluate(e.eqn, [jnp.asarray(a) for a in arrays])
     open_ones = [v for v in values if isinstance(v, Opened) and v.leaves]
@@ -116,7 +119,7 @@ def _evaluate(e: Equation, values: list[Any]) -> list[Any] | None:
         return [opened(y, leaves, open_ones[0].why) for y in results]
     if not packed:
         return results
-    leaves = frozenset().union(*map(_leaves, packed))
+    leaves = frozenset().union(*(v.leaves for v in packed))
     kept = sum(v.codes.size * v.bits // 8 if isinstance(v, Codes) else v.kept_bytes for v in packed)
     return [_kept(e, k, np.asarray(y), leaves, kept) for k, y in enumerate(results)]
 
@@ -127,51 +130,34 @@ def _numbers(value: Any) -> Any:
     return value.numbers if isinstance(value, Stored) else value
 
 
-def _leaves(value: Codes | Stored) -> frozenset[str]:
-    if isinstance(value, Stored):
-        return value.leaves
-    return frozenset({value.leaf} if value.leaf else ())
-
-
 def _kept(e: Equation, k: int, y: np.ndarray, leaves: frozenset[str], kept: int) -> Any:
     # A result of packed constants: an operation of the file, or its numbers where they are few.
-    if y.nbytes <= max(kept // 8, 64) and e.primitive not in _MOVES:
+    lower, moves = lowering(e.primitive), row(e.primitive).moves or e.primitive == _CONVERT
+    if y.nbytes <= max(kept // 8, 64) and not (lower and moves):
         return y
-    if e.primitive not in RULES:
+    if lower is None:
         return opened(y, leaves, f"{e.primitive} of it has no lowering")
 
     def make(low: Lowering) -> None:
-        RULES[e.primitive](low, e)
+        lower(low, e)
 
     return Stored(y, make, leaves, kept)
 
 
-_MOVES = frozenset(
-    "reshape transpose squeeze expand_dims slice split rev concatenate convert_element_type "
-    "broadcast_in_dim gather dynamic_slice stack copy copy_p".split()
-)
-
-
-def _followed(e: Equation, values: list[Any]) -> Codes | None:
-    codes, p = values[0], e.eqn.params
-    shape = tuple(e.eqn.outvars[0].aval.shape)
-    if e.primitive in ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint"):
-        return codes
-    if e.primitive == "convert_element_type":
-        new = p["new_dtype"]
-        return codes._replace(dtype=np.dtype(new)) if new == np.float32 else None
-    if e.primitive == "transpose":
-        return codes.transposed(tuple(p["permutation"]))
-    permuted = e.primitive == "reshape" and p.get("dimensions") is not None
-    if e.primitive in ("reshape", "squeeze", "expand_dims") and not permuted:
-        return codes.reshaped(shape)
-    if e.primitive == "rev":
-        return codes.flipped(tuple(p["dimensions"]))
-    if e.primitive == "slice":
-        steps = p["strides"] or (1,) * len(shape)
-        bounds = zip(p["start_indices"], p["limit_indices"], steps, strict=True)
-        return codes.sliced(tuple(slice(*bound) for bound in bounds))
-    return None
+def _followed(e: Equation, values: list[Any]) -> list[Codes] | None:
+    # The results as codes, if all are.
+    new = e.eqn.params.get("new_dtype")
+    if e.primitive == _CONVERT:
+        return [values[0]._replace(dtype=np.dtype(new))] if new == np.float32 else None
+    results: list[Any] = []
+    for result in moved(e.eqn) or ():
+        parts: list[Any] = [values[k] for k in result.operands]
+        for step in result.steps:
+            parts = [x.stepped(step) if isinstance(x, Codes) else None for x in parts]
+        if not all(isinstance(x, Codes) for x in parts):
+            return None
+        results.append(parts[0] if result.axis is None else joined(parts, result.axis))
+    return None if any(x is None for x in results) else results or None
 
 
 def _input_names(apply_fn: Any, inputs: tuple[Any, ...]) -> list[str]:

@@ -6,21 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.export.onnx_lower import Lowering, Tensor
-from jaxcompress.export.onnx_rules import onnx_kind, rule
+from jaxcompress.export.onnx_lower import LiveGrid, Lowering, Tensor
+from jaxcompress.export.onnx_rules import KINDS, onnx_kind, rule
 from jaxcompress.export.onnx_shapes import is_one, is_static
 from jaxcompress.graph.equations import Equation
+from jaxcompress.graph.primitives.movement import (
+    Moved,
+    Pad,
+    Permute,
+    Regroup,
+    Shape,
+    Spread,
+    Step,
+    Take,
+    moved,
+)
 
 END = np.iinfo(np.int64).max
 
 
 def _axes(count: int) -> tuple[int, ...]:
     return tuple(range(count))
-
-
-def _put(low: Lowering, e: Equation, tensor: Tensor, **changed: Any) -> None:
-    found = tensor._replace(**changed)
-    low.put(e.outputs[0], found.name, order=found.order, shape=found.shape, grid=found.grid)
 
 
 def source(low: Lowering, e: Equation, operand: int = 0, *, loose: bool = False) -> Tensor:
@@ -30,152 +36,132 @@ def source(low: Lowering, e: Equation, operand: int = 0, *, loose: bool = False)
     return low.tensor(number, order=order, loose=loose, codes=True)
 
 
-@rule("transpose")
-def _transpose(low: Lowering, e: Equation) -> None:
-    x = source(low, e, loose=True)
-    permutation = e.eqn.params["permutation"]
-    _put(low, e, x, order=tuple(permutation.index(axis) for axis in x.order))
+def _moved(low: Lowering, e: Equation) -> None:
+    for number, result in zip(e.outputs, moved(e.eqn) or (), strict=True):
+        fill = e.operands[-1]  # of a pad
+        if result.axis is None:
+            (operand,) = (e.operands[k] for k in result.operands)
+            x = source(low, e, result.operands[0], loose=True)
+            x = _stepped(low, x, low.shape(operand), result.steps, fill)
+            low.put(number, x.name, order=x.order, shape=x.shape, grid=x.grid)
+        else:
+            _join(low, number, [e.operands[k] for k in result.operands], result)
 
 
-@rule("broadcast_in_dim")
-def _broadcast(low: Lowering, e: Equation) -> None:
-    places = e.eqn.params["broadcast_dimensions"]
-    x = source(low, e, loose=True)
-    rank = len(low.shape(e.outputs[0]))
-    if len(places) == rank:
-        return _put(low, e, x)
-    order = tuple(sorted(range(len(places)), key=places.__getitem__))
-    x = low.ordered(x, order)
-    shape: list[Any] = [1] * rank
-    for axis, n in zip(x.order, x.shape, strict=True):
-        shape[places[axis]] = n
-    _put(low, e, x, name=_with_ones(low, x, shape), order=_axes(rank), shape=tuple(shape))
+KINDS["move"] = _moved
 
 
-def _with_ones(low: Lowering, x: Tensor, shape: Sequence[Any]) -> str:
-    # The same elements in the same order, with other axes of size 1.
-    return low.dims.reshape(x.name, x.shape, shape)
+def _join(low: Lowering, number: int, operands: Sequence[int], result: Moved) -> None:
+    assert result.axis is not None
+    inner = low.common_order(operands)
+    parts = [
+        _stepped(low, low.tensor(n, order=inner, codes=True), low.shape(n), result.steps)
+        for n in operands
+    ]
+    if len({t.grid for t in parts}) > 1:
+        parts = [low.floats(t) for t in parts]
+    order, grid = parts[0].order, parts[0].grid
+    names = [low.ordered(t, order).name for t in parts]
+    name = low.emit("Concat", names, axis=order.index(result.axis))
+    low.put(number, name, order=order, grid=grid)
 
 
-@rule("reshape", "squeeze", "expand_dims")
-def _reshape(low: Lowering, e: Equation) -> None:
-    if e.primitive == "reshape" and e.eqn.params.get("dimensions") is not None:
-        raise low.refuse(e, "it permutes dimensions")
-    old, new = low.shape(e.operands[0]), low.shape(e.outputs[0])
+def _stepped(
+    low: Lowering, x: Tensor, shape: Shape, steps: Sequence[Step], fill: int | None = None
+) -> Tensor:
+    """x, a value of `shape`, after some steps; `fill` is the value that a pad puts there."""
+    for step in steps:
+        if isinstance(step, Permute):
+            x = x._replace(order=tuple(step.order.index(axis) for axis in x.order))
+        elif isinstance(step, Regroup):
+            x = _regrouped(low, x, shape, step.sizes)
+        elif isinstance(step, Spread):
+            ones: list[Any] = [1] * len(step.sizes)
+            for axis, n in zip(step.axes, shape, strict=True):
+                ones[axis] = n
+            x = _regrouped(low, x, shape, tuple(ones))
+        elif isinstance(step, Take):
+            x = sliced(low, low.full(x, shape), step, shape)
+        else:
+            assert fill is not None
+            x = _padded(low, low.full(x, shape), step, shape, fill)
+        shape = step.shape(shape)
+    return x
+
+
+def _regrouped(low: Lowering, x: Tensor, old: Shape, new: Shape) -> Tensor:
     kept = [[axis for axis, n in enumerate(s) if not is_one(n)] for s in (old, new)]
-    x = source(low, e, loose=True)
-    if [old[a] for a in kept[0]] == [new[a] for a in kept[1]]:
-        # Only axes of size 1 come or go: what is lazy stays so.
-        place = dict(zip(*kept, strict=True))
-        order = [place[axis] for axis in x.order if axis in place]
-        sizes = [n for axis, n in zip(x.order, x.shape, strict=True) if axis in place]
-        ones = [axis for axis in range(len(new)) if axis not in order]
-        for axis in ones:
+    if [old[a] for a in kept[0]] != [new[a] for a in kept[1]]:
+        x = low.full(low.ordered(x, _axes(len(old))), old)
+        return x._replace(
+            name=low.dims.reshape(x.name, x.shape, new), order=_axes(len(new)), shape=new
+        )
+    # Only axes of size 1 come or go: what is lazy stays so.
+    place = dict(zip(*kept, strict=True))
+    order = [place[axis] for axis in x.order if axis in place]
+    sizes = [n for axis, n in zip(x.order, x.shape, strict=True) if axis in place]
+    for axis in range(len(new)):
+        if axis not in place.values():
             order.insert(axis, axis)
             sizes.insert(axis, 1)
-        return _put(
-            low, e, x, name=_with_ones(low, x, sizes), order=tuple(order), shape=tuple(sizes)
-        )
-    x = low.tensor(e.operands[0], codes=True)
-    name = low.dims.reshape(x.name, x.shape, new)
-    _put(low, e, x, name=name, order=_axes(len(new)), shape=new)
+    name = low.dims.reshape(x.name, x.shape, sizes)
+    return x._replace(name=name, order=tuple(order), shape=tuple(sizes))
 
 
-@rule("rev")
-def _rev(low: Lowering, e: Equation) -> None:
-    x = source(low, e)
-    axes = [x.order.index(axis) for axis in e.eqn.params["dimensions"]]
-    ends = [low.ints(v) for v in ([-1] * len(axes), [-END] * len(axes), axes, [-1] * len(axes))]
-    _put(low, e, x, name=low.emit("Slice", [x.name, *ends]) if axes else x.name)
-
-
-@rule("slice")
-def _slice(low: Lowering, e: Equation) -> None:
-    p, shape = e.eqn.params, low.shape(e.operands[0])
-    steps = p["strides"] or (1,) * len(shape)
-    bounds = list(zip(p["start_indices"], p["limit_indices"], steps, strict=True))
-    x = sliced(low, source(low, e), bounds, shape)
-    _put(low, e, x)
-
-
-def sliced(
-    low: Lowering, x: Tensor, bounds: Sequence[tuple[Any, Any, int]], shape: Sequence[Any]
-) -> Tensor:
-    """A slice of x, a value of `shape`: (start, limit, step) along each of its axes."""
-    axes = [
-        axis
-        for axis, (start, limit, step) in enumerate(bounds)
-        if not (step == 1 and limit == shape[axis] and isinstance(start, int) and start == 0)
-    ]
+def sliced(low: Lowering, x: Tensor, take: Take, shape: Shape) -> Tensor:
+    """What is taken of x, a value of `shape`."""
+    axes = [axis for axis, whole in enumerate(take.whole(shape)) if not whole]
     if not axes:
         return x
-    starts, limits = (low.dims.vector([bounds[a][k] for a in axes]) for k in (0, 1))
+    # Backwards an axis is taken whole.
+    cuts = [(a, b, s) if s > 0 else (-1, -END, s) for a, b, s in (take.bounds[k] for k in axes)]
+    starts, limits = (low.dims.vector([cut[k] for cut in cuts]) for k in (0, 1))
     places = low.ints([x.order.index(axis) for axis in axes])
-    steps = low.ints([bounds[axis][2] for axis in axes])
+    steps = low.ints([step for *_, step in cuts])
     name = low.emit("Slice", [x.name, starts, limits, places, steps])
-    sizes = list(x.shape)
-    for axis in axes:
-        start, limit, step = bounds[axis]
-        sizes[x.order.index(axis)] = -((start - limit) // step)
-    return x._replace(name=name, shape=tuple(sizes))
+    sizes = take.shape(shape)
+    return x._replace(name=name, shape=tuple(sizes[axis] for axis in x.order))
 
 
-@rule("split")
-def _split(low: Lowering, e: Equation) -> None:
-    x, sizes = source(low, e), e.eqn.params["sizes"]
-    axis = x.order.index(e.eqn.params["axis"])
-    count = len(sizes)
-    names = low.emit("Split", [x.name, low.dims.vector(sizes)], outputs=count, axis=axis)
-    for number, name in zip(e.outputs, [names] if count == 1 else names, strict=True):
-        low.put(number, name, order=x.order, grid=x.grid)
-
-
-@rule("concatenate")
-def _concatenate(low: Lowering, e: Equation) -> None:
-    order = low.common_order(e.operands)
-    tensors = [low.tensor(n, order=order, codes=True) for n in e.operands]
-    grids = {t.grid for t in tensors}
-    if len(grids) > 1:
-        tensors = [low.floats(t) for t in tensors]
-    axis = order.index(e.eqn.params["dimension"])
-    name = low.emit("Concat", [t.name for t in tensors], axis=axis)
-    low.put(e.outputs[0], name, order=order, grid=tensors[0].grid)
-
-
-@rule("stack")
-def _stack(low: Lowering, e: Equation) -> None:
-    axis, inner = e.eqn.params["axis"], low.common_order(e.operands)
-    order = [a + (a >= axis) for a in inner]
-    order.insert(axis, axis)
-    tensors = [low.tensor(n, order=inner) for n in e.operands]
-    shape = (*tensors[0].shape[:axis], 1, *tensors[0].shape[axis:])
-    names = [_with_ones(low, t, shape) for t in tensors]
-    low.put(e.outputs[0], low.emit("Concat", names, axis=axis), order=tuple(order))
-
-
-@rule("pad")
-def _pad(low: Lowering, e: Equation) -> None:
-    config, fill = e.eqn.params["padding_config"], low.array(e.operands[1])
-    if any(inside for _, _, inside in config):
-        raise low.refuse(e, "it pads between elements")
-    x = source(low, e)
-    value = None
-    if x.grid is not None and fill is not None:
-        code = round(float(fill) / float(x.grid.scale)) + x.grid.zero
-        near = np.float32(code - x.grid.zero) * x.grid.scale
-        bounds = np.iinfo(x.grid.dtype)
-        if abs(near - fill) <= 1e-6 * x.grid.scale and bounds.min <= code <= bounds.max:
-            value = low.graph.constant(np.asarray(code, x.grid.dtype))
+def _padded(low: Lowering, x: Tensor, pad: Pad, shape: Shape, fill: int) -> Tensor:
+    if any(inside and not is_one(n) for (*_, inside), n in zip(pad.config, shape, strict=True)):
+        return _stepped(low, x, shape, _between(pad, shape), fill)
+    ends = [pad.config[axis][side] for side in (0, 1) for axis in x.order]
+    if all(is_static([n]) and n == 0 for n in ends):
+        return x
+    value = _code(x.grid, low.array(fill))
     if value is None:
-        x, value = low.floats(x), low.name(e.operands[1])
-    ends = [config[axis][side] for side in (0, 1) for axis in x.order]
-    if not is_static(ends):
-        raise low.refuse(e, "how much it pads depends on the input's shape")
-    name = (
-        low.emit("Pad", [x.name, low.ints(ends), value], mode="constant") if any(ends) else x.name
+        x, number = low.floats(x), low.name(fill)
+    else:
+        number = low.graph.constant(value)
+    name = low.emit("Pad", [x.name, low.dims.vector(ends), number], mode="constant")
+    sizes = Pad(tuple((a, b, 0) for a, b, _ in pad.config)).shape(shape)
+    return x._replace(name=name, shape=tuple(sizes[axis] for axis in x.order))
+
+
+def _between(pad: Pad, shape: Shape) -> tuple[Step, ...]:
+    # [n] -> [n, 1] -> [n, 1 + i] -> [n (1 + i)], the last i of which are not between elements.
+    pairs = zip(pad.config, shape, strict=True)
+    inside = [0 if is_static([n]) and n == 0 else i for (*_, i), n in pairs]
+    holes = tuple(c for i in inside for c in ((0, 0, 0), (0, i, 0)))
+    wide = tuple(n * (1 + i) for n, i in zip(shape, inside, strict=True))
+    ends = tuple((a, b - i, 0) for (a, b, _), i in zip(pad.config, inside, strict=True))
+    return (
+        Regroup(tuple(size for n in shape for size in (n, 1))),
+        Pad(holes),
+        Regroup(wide),
+        Pad(ends),
     )
-    out = low.shape(e.outputs[0])
-    _put(low, e, x, name=name, shape=tuple(out[axis] for axis in x.order))
+
+
+def _code(grid: LiveGrid | None, fill: np.ndarray | None) -> np.ndarray | None:
+    # The code of a number that lies on the grid.
+    if grid is None or fill is None:
+        return None
+    code, bounds = round(float(fill) / float(grid.scale)) + grid.zero, np.iinfo(grid.dtype)
+    near = np.float32(code - grid.zero) * grid.scale
+    on_it = abs(near - fill) <= 1e-6 * grid.scale and bounds.min <= code <= bounds.max
+    return np.asarray(code, grid.dtype) if on_it else None
 
 
 @rule("iota")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.graph import compat
+from jaxcompress.graph.primitives.table import row
 
 
 class Equation(NamedTuple):
@@ -33,7 +34,7 @@ class Equation(NamedTuple):
 
 
 class Flattener:
-    """Numbers values and collects equations, calls inlined.
+    """Numbers values and collects equations, calls inlined and identities left out.
 
     Args:
       expand: equation -> a closed jaxpr that computes the same and is entered instead, or None:
@@ -74,7 +75,9 @@ class Flattener:
             operands = [read(v) for v in eqn.invars]
             here = "/".join(part for part in (scope, compat.scope(eqn)) if part)
             inner = self._entered(eqn)
-            if inner is not None:
+            if row(eqn.primitive.name).kind == "identity":
+                results = operands
+            elif inner is not None:
                 results = self.run(inner, operands, here)
             else:
                 results = [self.value(v.aval) for v in eqn.outvars]
