@@ -26,6 +26,8 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
+from jaxcompress.core.kernels import with_declared
+
 _RULES = frozenset(("jvp_jaxpr_fun", "fwd_jaxpr_thunk"))
 _IDENTITIES = frozenset(("reshard", "sharding_constraint", "mesh_cast"))
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
@@ -67,6 +69,8 @@ def unsharded(fn: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., An
 def traced(fn: Callable[..., Any], *args: Any, axes: tuple[str, ...] = ()) -> tuple[Any, Any]:
     """The closed jaxpr of a network without shardings, and its results as `ShapeDtypeStruct`s.
 
+    Kernels that were declared have their names in it.
+
     Args:
       fn: a pure function.
       args: pytrees of arrays or `ShapeDtypeStruct`s.
@@ -75,11 +79,11 @@ def traced(fn: Callable[..., Any], *args: Any, axes: tuple[str, ...] = ()) -> tu
     """
     if not axes:
         closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-        return without_shardings(closed), out
+        return with_declared(without_shardings(closed)), out
     plain = jax.tree.map(_plain, args)
     with _of_size_one(axes):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(*plain)
-    return without_shardings(closed, axes=axes), jax.tree.map(_plain, out)
+    return with_declared(without_shardings(closed, axes=axes)), jax.tree.map(_plain, out)
 
 
 @contextlib.contextmanager

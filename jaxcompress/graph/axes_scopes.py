@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxcompress.graph import compat
 from jaxcompress.graph.axes_rules import RULES
 from jaxcompress.graph.axes_shapes import Terms, shape, unknown
-from jaxcompress.graph.axes_terms import Atom, atoms, fresh, frozen, unify
-
-CALLS = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
+from jaxcompress.graph.axes_terms import Atom, Term, atoms, fresh, frozen, unify
+from jaxcompress.graph.interpret import Domain
 
 
 @dataclass(frozen=True)
@@ -43,95 +42,119 @@ class Scope:
     outs: tuple[Terms, ...]
 
 
-class Follower:
-    """Goes through jaxprs and notes the primitives that have no rule."""
+class Follower(Domain):
+    """Goes through jaxprs and notes the primitives that have no rule.
+
+    Terms of two values that must be cut alike are unified, which holds for all trips of a loop at
+    once: every jaxpr is gone through a single time for each call, and kept as a `Scope`.
+    """
 
     def __init__(self):
         self.unknown: dict[str, None] = {}
         self._in_rule = False
+        self._scopes: list[list[Scope]] = [[]]  # of the equations around
+        self._steps: list[list[Step]] = []  # of the jaxprs around
+        self._consts: list[list[Terms]] = []
+        self._layers: list[Term] = []  # of the scans around
 
     def scope(self, body: compat.Body, ins: Sequence[Terms]) -> Scope:
         """The terms of all values of a jaxpr from those of its arguments."""
-        jaxpr = body.jaxpr
-        consts = [fixed(shape(v)) for v in jaxpr.constvars]
-        known = dict(zip(jaxpr.constvars, consts, strict=True))
-        known.update(zip(jaxpr.invars, ins, strict=True))
+        self.run(body, ins)
+        return self._scopes[-1].pop()
 
-        def read(v):
-            if compat.is_literal(v):
-                return [frozen(n, "a number in the program") for n in shape(v)]
-            return known[v]
+    def run(self, body: compat.Body, values: Sequence[Terms], where: Any = ()) -> list[Terms]:
+        """Keeps the terms of all values."""
+        self._steps.append([])
+        self._consts.append([])
+        outs = super().run(body, values, where)
+        consts, steps = tuple(self._consts.pop()), tuple(self._steps.pop())
+        self._scopes[-1].append(Scope(body, consts, tuple(values), steps, tuple(outs)))
+        return outs
 
-        steps = []
-        for eqn in jaxpr.eqns:
-            steps.append(self._step(eqn, tuple(read(v) for v in eqn.invars)))
-            known.update(zip(eqn.outvars, steps[-1].outs, strict=True))
-        outs = tuple(read(v) for v in jaxpr.outvars)
-        return Scope(body, tuple(consts), tuple(ins), tuple(steps), outs)
+    def literal(self, v: Any) -> Terms:
+        """Nothing can be cut off it."""
+        return [frozen(n, "a number in the program") for n in shape(v)]
 
-    def _step(self, eqn: Any, ins: tuple[Terms, ...]) -> Step:
-        name = eqn.primitive.name
-        if name in CALLS:
-            return self._call(eqn, ins)
-        special = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(name)
-        if special is not None:
-            return special(eqn, ins)
-        rule = RULES.get(name)
+    def constant(self, v: Any, x: Any) -> Terms:
+        """Cut where it must be."""
+        del x
+        self._consts[-1].append(fixed(shape(v)))
+        return self._consts[-1][-1]
+
+    def equation(self, eqn: Any, values: list[Terms], at: Any) -> Sequence[Terms]:
+        """By the rule of its primitive."""
+        del at
+        rule = RULES.get(eqn.primitive.name)
         if rule is None:
-            self.unknown[name] = None
-        outs = (rule or unknown)(eqn, ins)
-        return Step(eqn, ins, tuple(outs))
+            self.unknown[eqn.primitive.name] = None
+        outs = (rule or unknown)(eqn, values)
+        self._steps[-1].append(Step(eqn, tuple(values), tuple(outs)))
+        return outs
 
-    def _call(self, eqn: Any, ins: tuple[Terms, ...]) -> Step:
-        main = self.scope(compat.call_body(eqn), ins)
+    def enter(self, eqn: Any, values: list[Terms], at: Any) -> Sequence[Terms]:
+        """Keeps the scopes inside."""
+        self._scopes.append([])
+        outs = super().enter(eqn, values, at)
+        inside = tuple(self._scopes.pop())
+        self._steps[-1].append(Step(eqn, tuple(values), tuple(outs), inside))
+        return outs
+
+    def custom(self, eqn: Any, values: list[Terms], at: Any) -> Sequence[Terms]:
+        """What the derivative rule ties is tied too."""
+        outs = super().custom(eqn, values, at)
         # A rule may call its own function: within one, calls are differentiated like their bodies.
-        ruled = eqn.primitive.name in compat.CUSTOM and not self._in_rule
-        rule = derivative(eqn) if ruled else None
+        rule = None if self._in_rule else derivative(eqn)
         if rule is None:
-            return Step(eqn, ins, main.outs, (main,))
+            return outs
         forward = eqn.primitive.name == "custom_jvp_call"
-        floats = [t for t, v in zip(ins, eqn.invars, strict=True) if is_float(v)]
-        extra = floats if forward else main.outs
+        floats = [t for t, v in zip(values, eqn.invars, strict=True) if is_float(v)]
         self._in_rule = True
-        bent = self.scope(rule, (*ins, *extra))
+        bent = self.run(rule, [*values, *(floats if forward else outs)])
         self._in_rule = False
-        wanted = (*main.outs, *main.outs) if forward else floats
-        for new, old in zip(bent.outs, wanted, strict=True):
+        wanted = (*outs, *outs) if forward else floats
+        for new, old in zip(bent, wanted, strict=True):
             tie(new, old)
-        return Step(eqn, ins, main.outs, (main, bent))
+        return outs
 
-    def _scan(self, eqn: Any, ins: tuple[Terms, ...]) -> Step:
-        n_consts, n_carry = compat.scan_sizes(eqn.params)
-        start, rows = n_consts + n_carry, ins[n_consts + n_carry :]
+    def scan(self, eqn: Any, values: list[Terms], at: Any) -> Sequence[Terms]:
+        """All that is stacked shares the axis of the layers."""
         layer = fresh(eqn.params["length"])
         for atom in atoms(layer):
             atom.rigid = atom.stack = True
-        for row in rows:
-            unify(row[0], layer)
-        inside = self.scope(
-            compat.body(eqn.params["jaxpr"]), (*ins[:start], *(row[1:] for row in rows))
-        )
-        carry = ins[n_consts:start]
-        for before, after in zip(carry, inside.outs[:n_carry], strict=True):
-            tie(before, after)
-        stacked = [[layer, *out] for out in inside.outs[n_carry:]]
-        return Step(eqn, ins, (*carry, *stacked), (inside,))
+        self._layers.append(layer)
+        outs = super().scan(eqn, values, at)
+        self._layers.pop()
+        return outs
 
-    def _while(self, eqn: Any, ins: tuple[Terms, ...]) -> Step:
-        n_test, n_step = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        carry = ins[n_test + n_step :]
-        test = self.scope(compat.body(eqn.params["cond_jaxpr"]), (*ins[:n_test], *carry))
-        step = self.scope(compat.body(eqn.params["body_jaxpr"]), ins[n_test:])
-        for before, after in zip(carry, step.outs, strict=True):
-            tie(before, after)
-        return Step(eqn, ins, tuple(carry), (test, step))
+    def row(self, value: Terms, v: Any) -> Terms:
+        """Without the axis of the layers."""
+        del v
+        unify(value[0], self._layers[-1])
+        return value[1:]
 
-    def _cond(self, eqn: Any, ins: tuple[Terms, ...]) -> Step:
-        branches = [self.scope(compat.body(b), ins[1:]) for b in eqn.params["branches"]]
-        for branch in branches[1:]:
-            for one, other in zip(branches[0].outs, branch.outs, strict=True):
-                tie(one, other)
-        return Step(eqn, ins, branches[0].outs, tuple(branches))
+    def stacked(self, value: Terms, v: Any) -> Terms:
+        """With the axis of the layers."""
+        del v
+        return [self._layers[-1], *value]
+
+    def carried(self, before: Sequence[Terms], after: Sequence[Terms]) -> None:
+        """One is cut as the other."""
+        for one, other in zip(before, after, strict=True):
+            tie(one, other)
+
+    def join(self, values: Sequence[Terms], v: Any) -> Terms:
+        """One is cut as the others."""
+        del v
+        for other in values[1:]:
+            tie(values[0], other)
+        return values[0]
+
+    def settled(
+        self, body: compat.Body, values: Sequence[Terms], slots: range, where: Any
+    ) -> list[Terms]:
+        """As they are: ties hold in all trips."""
+        del body, slots, where
+        return list(values)
 
 
 def fixed(sizes: Sequence[int]) -> Terms:

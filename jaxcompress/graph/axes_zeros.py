@@ -15,7 +15,7 @@ from typing import Any
 from jaxcompress.graph import compat
 from jaxcompress.graph.axes_constants import Constant, Known, joined, times
 from jaxcompress.graph.axes_rules import REDUCTIONS
-from jaxcompress.graph.axes_scopes import CALLS, Scope
+from jaxcompress.graph.axes_scopes import Scope
 from jaxcompress.graph.axes_shapes import shape
 from jaxcompress.graph.axes_terms import Atom, atoms
 from jaxcompress.graph.axes_zero_rules import (
@@ -30,6 +30,7 @@ from jaxcompress.graph.axes_zero_rules import (
     results_of,
     within,
 )
+from jaxcompress.graph.interpret import Domain
 from jaxcompress.graph.products import numbers_of
 
 # What a reduction does not see.
@@ -44,8 +45,10 @@ NEUTRAL = {
 }
 
 
-class Zeroes:
+class Zeroes(Domain):
     """Follows what masks make known; collects why a group is not cut without a trace.
+
+    Where it is, is said by the scope of a jaxpr, or the step of an equation, and the name stack.
 
     Attributes:
       reasons: atom -> why.
@@ -56,45 +59,44 @@ class Zeroes:
         self.marks = Marks(frozenset(every), Atom(0), Atom(0), tuple(carried))
         self.reasons: dict[Atom, str] = {}
         self.sums: dict[Atom, str] = {}
-        self._place = ""
 
     def scope(self, scope: Scope, ins: Sequence[Value]) -> list[Value]:
         """What is known of a jaxpr's results from what is known of its arguments."""
-        known: dict[Any, Value] = {v: Value() for v in scope.body.jaxpr.constvars}
-        known.update(zip(scope.body.jaxpr.invars, ins, strict=True))
+        return self.run(scope.body, ins, (scope, ""))
 
-        def read(v):
-            if compat.is_literal(v):
-                return self.marks.value({}, constant_of(v))
-            return known[v]
+    def at(self, where: Any, number: int, eqn: Any) -> Any:
+        """The step, and its name stack."""
+        scope, outside = where
+        inside = "/".join(part for part in (outside, compat.scope(eqn)) if part)
+        return scope.steps[number], inside
 
-        outside = self._place
-        for step in scope.steps:
-            values = [read(v) for v in step.eqn.invars]
-            self._place = "/".join(part for part in (outside, compat.scope(step.eqn)) if part)
-            given = Given(step, values, self.marks, self._place)
-            results = self._step(given)
-            if not step.scopes:
-                flags = flags_of(given)
-                results = [Value(r.at, f) for r, f in zip(results, flags, strict=True)]
-            known.update(zip(step.eqn.outvars, results, strict=True))
-        self._place = outside
-        return [read(v) for v in scope.body.jaxpr.outvars]
+    def within(self, at: Any, number: int, eqn: Any) -> Any:
+        """The scope, and the name stack around it."""
+        del eqn
+        step, outside = at
+        return step.scopes[number], outside
 
-    def _step(self, given: Given) -> Sequence[Value]:
-        name = given.step.eqn.primitive.name
-        if name in CALLS:
-            return self.scope(given.step.scopes[0], given.values)
-        special = {
-            "scan": self._scan,
-            "while": self._while,
-            "cond": self._cond,
-            **dict.fromkeys(compat.PRODUCTS, self._dot),
-            compat.CONV: self._conv,
-        }.get(name)
-        if special is None and name in REDUCTIONS:
-            special = self._reduce
-        return special(given) if special else results_of(given)
+    def literal(self, v: Any) -> Value:
+        """Its number."""
+        return self.marks.value({}, constant_of(v))
+
+    def constant(self, v: Any, x: Any) -> Value:
+        """Nothing is known of it."""
+        del v, x
+        return Value()
+
+    def equation(self, eqn: Any, values: list[Value], at: Any) -> Sequence[Value]:
+        """By the rule of its kind."""
+        given = Given(at[0], values, self.marks, at[1])
+        name = eqn.primitive.name
+        if name in compat.PRODUCTS:
+            results = self._dot(given)
+        elif name == compat.CONV:
+            results = self._conv(given)
+        else:
+            results = self._reduce(given) if name in REDUCTIONS else results_of(given)
+        pairs = zip(results, flags_of(given), strict=True)
+        return [Value(result.at, flags) for result, flags in pairs]
 
     def _reduce(self, given: Given) -> list[Value]:
         step, (value, *_) = given.step, given.values
@@ -152,42 +154,21 @@ class Zeroes:
                 self._blame(atom, compat.CONV, c)
         return [conv(given)]
 
-    def _scan(self, given: Given) -> list[Value]:
-        step, values = given.step, given.values
-        n_consts, n_carry = compat.scan_sizes(step.eqn.params)
+    def scan(self, eqn: Any, values: list[Value], at: Any) -> Sequence[Value]:
+        """A layer that is masked must pass on what it is given."""
+        step, _ = at
+        n_consts, n_carry = compat.scan_sizes(eqn.params)
         start = n_consts + n_carry
         layers = within([terms[0] for terms in step.ins[start : start + 1]])
         for atom in self.marks.every & layers:
             masked = [value.zero(atom) for value in values[start:]]
             if not _passes(step.scopes[0], n_consts, n_carry, masked):
                 self.reasons.setdefault(atom, "a layer of zeros changes what it passes on")
-        return self._loop(step.scopes[0], values, slice(n_consts, start))
+        return super().scan(eqn, values, at)
 
-    def _while(self, given: Given) -> list[Value]:
-        step, values = given.step, given.values
-        n_test, n_step = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
-        inside = values[n_test:]
-        results = self._loop(step.scopes[1], inside, slice(n_step, len(inside)))
-        self.scope(step.scopes[0], [*values[:n_test], *results])
-        return results
-
-    def _loop(self, scope: Scope, given: Sequence[Value], carry: slice) -> list[Value]:
-        # What is known of the carry in all trips: it only gets less, or NaN, so it ends.
-        values = list(given)
-        while True:
-            results = self.scope(scope, values)
-            n = carry.stop - carry.start
-            again = [self._both(pair) for pair in zip(values[carry], results[:n], strict=True)]
-            if all(map(_alike, again, values[carry])):
-                return [*again, *results[n:]]
-            values[carry] = again
-
-    def _cond(self, given: Given) -> list[Value]:
-        results = [self.scope(branch, given.values[1:]) for branch in given.step.scopes]
-        return [self._both(of_branches) for of_branches in zip(*results, strict=True)]
-
-    def _both(self, values: Sequence[Value]) -> Value:
-        # A value that may be any of these.
+    def join(self, values: Sequence[Value], v: Any) -> Value:
+        """What all of them say."""
+        del v
         everywhere = self.marks.everywhere
         found = {
             atom: joined([v.at.get(atom) or v.at.get(everywhere) for v in values])
@@ -198,6 +179,11 @@ class Zeroes:
         at = self.marks.value({a: c for a, c in found.items() if a is not everywhere}, every).at
         return Value(at, frozenset.intersection(*(v.flags for v in values)))
 
+    def same(self, one: Value, other: Value) -> bool:
+        """Numbers may be NaN."""
+        alike = one.at.keys() == other.at.keys() and one.flags == other.flags
+        return alike and all(c.same(other.at[atom]) for atom, c in one.at.items())
+
 
 def _reduced(name: str, c: Constant, count: int) -> Known:
     # The reduction of equal numbers.
@@ -206,11 +192,6 @@ def _reduced(name: str, c: Constant, count: int) -> Known:
     if name == "reduce_sum":
         return c._replace(value=c.value * count)
     return c if name == "reduce_prod" and c.value in (0, 1) else None
-
-
-def _alike(one: Value, other: Value) -> bool:
-    same = one.at.keys() == other.at.keys() and one.flags == other.flags
-    return same and all(c.same(other.at[atom]) for atom, c in one.at.items())
 
 
 def _passes(scope: Scope, n_consts: int, n_carry: int, masked: Sequence[bool]) -> bool:

@@ -4,13 +4,14 @@ Unlike `inline`, which counts, this is for those who compute: the values of para
 the equations that depend on nothing else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcompress.graph import compat
+from jaxcompress.graph.interpret import CALLS, Interpreter
 from jaxcompress.graph.primitives.table import row
 
 
@@ -33,12 +34,13 @@ class Equation(NamedTuple):
         return f"{self.primitive} at {self.scope!r}" if self.scope else self.primitive
 
 
-class Flattener:
+class Flattener(Interpreter):
     """Numbers values and collects equations, calls inlined and identities left out.
 
     Args:
       expand: equation -> a closed jaxpr that computes the same and is entered instead, or None:
         what to do besides the calls that are always entered (jit, remat, custom derivatives).
+      names: whether equations that give values names stay; other identities never do.
 
     Attributes:
       equations: in order.
@@ -46,51 +48,52 @@ class Flattener:
       known: values by number; at first those of literals and constants, give those of parameters.
     """
 
-    def __init__(self, expand: Callable[[Any], Any] = lambda eqn: None):
+    def __init__(self, expand: Callable[[Any], Any] = lambda eqn: None, *, names: bool = False):
         self.equations: list[Equation] = []
         self.avals: dict[int, Any] = {}
         self.known: dict[int, Any] = {}
-        self._expand = expand
+        self._expand, self._names = expand, names
 
     def value(self, aval: Any) -> int:
         """The number of a new value."""
         self.avals[len(self.avals)] = aval
         return len(self.avals) - 1
 
-    def _constant(self, aval: Any, value: Any) -> int:
-        number = self.value(aval)
-        self.known[number] = jnp.asarray(value, aval.dtype)
+    def literal(self, v: Any) -> int:
+        """A value that is known."""
+        return self.constant(v, v.val)
+
+    def constant(self, v: Any, x: Any) -> int:
+        """A value that is known."""
+        number = self.value(v.aval)
+        self.known[number] = jnp.asarray(x, v.aval.dtype)
         return number
 
-    def run(self, body: compat.Body, arguments: list[int], scope: str) -> list[int]:
-        """Collects the equations of a body; the numbers of its results."""
-        names = dict(zip(body.jaxpr.invars, arguments, strict=True))
-        for v, value in zip(body.jaxpr.constvars, body.consts, strict=True):
-            names[v] = self._constant(v.aval, value)
+    def at(self, where: str, number: int, eqn: Any) -> str:
+        """The name stack of all callers."""
+        del number
+        return "/".join(part for part in (where, compat.scope(eqn)) if part)
 
-        def read(v):
-            return self._constant(v.aval, v.val) if compat.is_literal(v) else names[v]
+    def within(self, at: str, number: int, eqn: Any) -> str:
+        """The same."""
+        del number, eqn
+        return at
 
-        for eqn in body.jaxpr.eqns:
-            operands = [read(v) for v in eqn.invars]
-            here = "/".join(part for part in (scope, compat.scope(eqn)) if part)
-            inner = self._entered(eqn)
-            if row(eqn.primitive.name).kind == "identity":
-                results = operands
-            elif inner is not None:
-                results = self.run(inner, operands, here)
-            else:
-                results = [self.value(v.aval) for v in eqn.outvars]
-                self.equations.append(Equation(eqn, tuple(operands), tuple(results), here))
-            names.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in body.jaxpr.outvars]
+    def enters(self, eqn: Any, at: str) -> bool:
+        """Calls alone."""
+        return eqn.primitive.name in CALLS
 
-    def _entered(self, eqn: Any) -> compat.Body | None:
-        calls = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
-        if eqn.primitive.name in calls:
-            return compat.call_body(eqn)
+    def equation(self, eqn: Any, values: list[int], at: str) -> Sequence[int]:
+        """One equation, or what stands for it."""
+        name = eqn.primitive.name
+        if row(name).kind == "identity" and not (self._names and name == "name"):
+            return values
         expanded = self._expand(eqn)
-        return None if expanded is None else compat.body(expanded)
+        if expanded is not None:
+            return self.run(compat.body(expanded), values, at)
+        results = [self.value(v.aval) for v in eqn.outvars]
+        self.equations.append(Equation(eqn, tuple(values), tuple(results), at))
+        return results
 
     def split(self, evaluate: Callable[[Equation, list[Any]], Any] | None = None) -> list[Equation]:
         """Evaluates what depends on known values only, into `known`; gives back the rest.

@@ -13,35 +13,28 @@ import jax
 from jax import lax
 
 from jaxcompress.graph import compat
-
-_CALLS = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
-_LOOPS = frozenset(("scan", "while", "cond"))
-ENTERED = _CALLS | _LOOPS
-"""Primitives whose jaxprs can be entered."""
+from jaxcompress.graph.interpret import Interpreter
 
 
-class Evaluator:
+class Evaluator(Interpreter):
     """Evaluates jaxprs; what a subclass does not say is as JAX does it.
 
     A subclass says which equations are entered (`enters`: none by default) and what the others do
-    (`equation`). Where an equation is, is told by `where`: of a jaxpr what `run` was given, of an
-    equation `at(where, number)`, of a jaxpr inside it `within(at, number)`. By default these are
-    the numbers on the way to it, as in `follow.Place`.
-
-    Values may be any pytrees of arrays where loops are entered, and anything elsewhere.
+    (`equation`). Values may be any pytrees of arrays where loops are entered, and anything
+    elsewhere.
 
     Attributes:
       state: a pytree of arrays that is carried along. Outside a scan it has an axis in front for
         its trips, a `while` carries it from trip to trip, a `cond` leaves what another branch does
         alone; so a subclass may set it anywhere.
-      keeps_calls: whether `jit` and `checkpoint` stay around what they hold.
+      keeps: names of the calls that stay around what they hold: `compat.JIT`, `compat.REMAT`.
     """
 
     state: Any = ()
-    keeps_calls = False
+    keeps: frozenset[str] = frozenset()
 
     def enters(self, eqn: Any, at: Any) -> bool:
-        """Whether the jaxprs of an equation, of `ENTERED`, are evaluated here too."""
+        """Whether the jaxprs of an equation are evaluated here too."""
         del eqn, at
         return False
 
@@ -51,65 +44,26 @@ class Evaluator:
         return compat.evaluate(eqn, values)
 
     def literal(self, v: Any) -> Any:
-        """The value of a number in the program."""
+        """The number itself."""
         return v.val
 
-    def constant(self, x: Any, number: int, where: Any) -> Any:
-        """The value of a constant of a jaxpr."""
-        del number, where
+    def constant(self, v: Any, x: Any) -> Any:
+        """The array itself."""
+        del v
         return x
-
-    def at(self, where: Any, number: int) -> Any:
-        """Where an equation is."""
-        return (*where, number)
-
-    def within(self, at: Any, number: int) -> Any:
-        """Where a jaxpr of an equation is."""
-        return (*at, number)
-
-    def run(self, body: compat.Body, values: Sequence[Any], where: Any = ()) -> list[Any]:
-        """The results of a jaxpr."""
-        jaxpr = body.jaxpr
-        consts = [self.constant(x, k, where) for k, x in enumerate(body.consts)]
-        known = dict(zip(jaxpr.constvars, consts, strict=True))
-        known.update(zip(jaxpr.invars, values, strict=True))
-        last = _last_uses(jaxpr)
-
-        def read(v: Any) -> Any:
-            return self.literal(v) if compat.is_literal(v) else known[v]
-
-        for number, eqn in enumerate(jaxpr.eqns):
-            at, operands = self.at(where, number), [read(v) for v in eqn.invars]
-            if self.enters(eqn, at):
-                with compat.surroundings(eqn):
-                    results = self.enter(eqn, operands, at)
-            else:
-                results = self.equation(eqn, operands, at)
-            known.update(zip(eqn.outvars, results, strict=True))
-            for v in last.get(number, ()):  # so that eager evaluation frees memory
-                known.pop(v, None)
-        return [read(v) for v in jaxpr.outvars]
 
     def enter(self, eqn: Any, values: list[Any], at: Any) -> Sequence[Any]:
         """The results of an equation by those of its jaxprs."""
-        name = eqn.primitive.name
-        if name in compat.CUSTOM:
-            return self.custom(eqn, values, at)
-        if name in compat.REMAT or (name in compat.JIT and self.keeps_calls):
-            return self.call(eqn, values, at)
-        if name in _CALLS:
-            return self.run(compat.call_body(eqn), values, self.within(at, 0))
-        return {"scan": self.scan, "while": self.loop, "cond": self.cond}[name](eqn, values, at)
-
-    def custom(self, eqn: Any, values: list[Any], at: Any) -> Sequence[Any]:
-        """Of a function with a derivative rule of its own: its body, and the rule is lost."""
-        return self.run(compat.call_body(eqn), values, self.within(at, 0))
+        with compat.surroundings(eqn):
+            return super().enter(eqn, values, at)
 
     def call(self, eqn: Any, values: list[Any], at: Any) -> Sequence[Any]:
-        """Of `checkpoint`, and of `jit` where it stays."""
+        """Of `jit` and `checkpoint` where they stay: another one."""
+        if eqn.primitive.name not in self.keeps:
+            return super().call(eqn, values, at)
 
         def inner(state: Any, *values: Any) -> tuple[list[Any], Any]:
-            return self.carried(state, compat.call_body(eqn), values, self.within(at, 0))
+            return self.from_state(state, compat.call_body(eqn), values, self.within(at, 0, eqn))
 
         if eqn.primitive.name in compat.REMAT:
             outer = jax.checkpoint(inner, **compat.remat_options(eqn.params))
@@ -128,7 +82,7 @@ class Evaluator:
         def step(carry: Any, row: Any) -> Any:
             state, xs = row
             operands = [*values[:num_consts], *carry, *xs]
-            results, state = self.carried(state, body, operands, self.within(at, 0))
+            results, state = self.from_state(state, body, operands, self.within(at, 0, eqn))
             return results[:num_carry], (results[num_carry:], state)
 
         carry, (ys, self.state) = lax.scan(
@@ -155,13 +109,13 @@ class Evaluator:
         # The test renews the state too, so its answer is part of the carry.
         def tested(carry: Any, state: Any) -> Any:
             operands = [*values[:num_test], *carry]
-            (going_on,), state = self.carried(state, test, operands, self.within(at, 0))
+            (going_on,), state = self.from_state(state, test, operands, self.within(at, 0, eqn))
             return going_on, carry, state
 
         def step(loop: Any) -> Any:
             _, carry, state = loop
             operands = [*values[num_test:start], *carry]
-            return tested(*self.carried(state, body, operands, self.within(at, 1)))
+            return tested(*self.from_state(state, body, operands, self.within(at, 1, eqn)))
 
         first = tested(values[start:], self.state)
         _, carry, self.state = lax.while_loop(lambda loop: loop[0], step, first)
@@ -171,15 +125,15 @@ class Evaluator:
         """Of a cond or a switch: another one."""
 
         def branch(number: int, body: compat.Body) -> Any:
-            return lambda state, *operands: self.carried(
-                state, body, operands, self.within(at, number)
+            return lambda state, *operands: self.from_state(
+                state, body, operands, self.within(at, number, eqn)
             )
 
         branches = [branch(i, compat.body(b)) for i, b in enumerate(eqn.params["branches"])]
         results, self.state = lax.switch(values[0], branches, self.state, *values[1:])
         return results
 
-    def carried(
+    def from_state(
         self, state: Any, body: compat.Body, values: Sequence[Any], where: Any
     ) -> tuple[list[Any], Any]:
         """The results of a jaxpr that starts in a state, and the state after it."""
@@ -189,17 +143,3 @@ class Evaluator:
             return results, self.state
         finally:
             self.state = outside
-
-
-def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    # Equation number -> variables to forget after it.
-    last: dict[Any, int] = {}
-    for number, eqn in enumerate(jaxpr.eqns):
-        last.update({v: number for v in (*eqn.invars, *eqn.outvars) if not compat.is_literal(v)})
-    for v in jaxpr.outvars:
-        if not compat.is_literal(v):
-            last.pop(v, None)
-    uses: dict[int, list[Any]] = {}
-    for v, number in last.items():
-        uses.setdefault(number, []).append(v)
-    return uses

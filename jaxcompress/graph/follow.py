@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxcompress.graph import compat, flow
 from jaxcompress.graph.flow import Origin
+from jaxcompress.graph.interpret import Domain
 
 Place = tuple[int, ...]  # equation number, body number, equation number, ...
 
@@ -59,123 +60,107 @@ class Findings(NamedTuple):
     results: dict[Place, list[Origin]]
 
 
-Sink = Findings | None  # None while a loop is followed only to find its fixed point
+def follow(body: compat.Body, origins: Sequence[Origin]) -> tuple[list[Origin], Findings]:
+    """The origins of a jaxpr's results, and what is seen on the way."""
+    origin = _Origins()
+    results = origin.run(body, origins, Where())
+    return results, origin.found
 
 
-def follow(
-    jaxpr: Any, origins: Sequence[Origin], found: Sink, *, where: Where | None = None
-) -> list[Origin]:
-    """The origins of a jaxpr's results; what is seen is added to `found`."""
-    where = where or Where()
-    if found is not None:
-        found.arguments[where.place] = list(origins)
-    known = {v: flow.constant(v.aval) for v in jaxpr.constvars}
-    known.update((v, o.within(v.aval)) for v, o in zip(jaxpr.invars, origins, strict=True))
+class _Origins(Domain):
+    """Follows origins; what it cannot enter is looked at, but `walk` cannot change it."""
 
-    def read(v):
-        return flow.constant(v.aval) if compat.is_literal(v) else known[v]
+    def __init__(self):
+        self.found = Findings([], {}, {})
 
-    for number, eqn in enumerate(jaxpr.eqns):
-        here = where.equation(number, eqn)
-        results = _equation(eqn, [read(v) for v in eqn.invars], here, found)
-        if found is not None:
-            found.results[here.place] = results
-        known.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    def literal(self, v: Any) -> Origin:
+        """Made of nothing."""
+        return flow.constant(v.aval)
 
+    def constant(self, v: Any, x: Any) -> Origin:
+        """Made of nothing."""
+        del x
+        return flow.constant(v.aval)
 
-def _equation(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list[Origin]:
-    name = eqn.primitive.name
-    if name in compat.CONTRACTIONS:
-        lhs, rhs, *sizes = origins
+    def argument(self, v: Any, value: Origin) -> Origin:
+        """May be a slice."""
+        return value.within(v.aval)
+
+    def at(self, where: Where, number: int, eqn: Any) -> Where:
+        """With the name stack of all callers."""
+        return where.equation(number, eqn)
+
+    def within(self, at: Where, number: int, eqn: Any) -> Where:
+        """With the loops and branches around it."""
+        name = eqn.primitive.name
+        if name == "scan":
+            return at.body(number)._replace(loops=(*at.loops, eqn.params["length"]))
+        if name == "while":
+            return at.body(number)._replace(in_while=True)
+        if name == "cond":
+            return at.body(number)._replace(branches=(*at.branches, (at.place, number)))
+        return at.body(number)
+
+    def run(self, body: compat.Body, values: Sequence[Origin], where: Any = ()) -> list[Origin]:
+        """Notes the arguments of every jaxpr."""
+        if self.record:
+            self.found.arguments[where.place] = list(values)
+        return super().run(body, values, where)
+
+    def enter(self, eqn: Any, values: list[Origin], at: Where) -> Sequence[Origin]:
+        """Notes the results of every equation."""
+        return self._noted(at, super().enter(eqn, values, at))
+
+    def equation(self, eqn: Any, values: list[Origin], at: Where) -> Sequence[Origin]:
+        """Notes contractions, and what may hold some."""
+        name = eqn.primitive.name
+        if name == "optimization_barrier":
+            return self._noted(at, values)
+        if name not in compat.CONTRACTIONS:
+            return self._noted(at, self._other(eqn, values, at))
+        lhs, rhs, *sizes = values
         active, result = flow.contract(lhs, rhs, eqn.outvars[0].aval)
         if sizes and sizes[0].moves and not any(active):  # rows of parameters, chosen by inputs
             active, result = (True, False), flow.data(eqn.outvars[0].aval)
-        _record(found, here, eqn, origins=(lhs, rhs), active=active)
-        return [result]
-    if name in compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM:
-        return follow(compat.call_body(eqn).jaxpr, origins, found, where=here.body())
-    if name == "optimization_barrier":
-        return origins
-    special = {"scan": _scan, "while": _while, "cond": _cond}.get(name, _other)
-    return special(eqn, origins, here, found)
+        self._contraction(eqn, (lhs, rhs), active, at)
+        return self._noted(at, [result])
 
+    def _noted(self, at: Where, results: Sequence[Origin]) -> Sequence[Origin]:
+        if self.record:
+            self.found.results[at.place] = list(results)
+        return results
 
-def _record(found: Sink, here: Where, eqn: Any, *, origins, active) -> None:
-    if found is not None:
-        found.contractions.append(Found(eqn, origins, active, *here))
+    def _contraction(self, eqn: Any, origins: Any, active: Any, at: Where) -> None:
+        if self.record:
+            self.found.contractions.append(Found(eqn, origins, active, *at))
 
+    def _other(self, eqn: Any, origins: list[Origin], at: Where) -> list[Origin]:
+        # Any other primitive.
+        name = eqn.primitive.name
+        unentered = at.unentered or (f"{name} at {at.scope!r}" if at.scope else name)
+        given = at.given.union(*(o.params for o in origins))
+        inside = at._replace(unentered=unentered, given=given)
+        if name in compat.OPAQUE:
+            weights = [o for o in origins if not o.data]
+            made = flow.made_of(weights, eqn.invars[0].aval) if weights else Origin()
+            self._contraction(eqn, (made, Origin(data=True)), (False, True), inside)
+        for number, body in enumerate(compat.bodies(eqn.params)):
+            matched = len(body.jaxpr.invars) == len(origins)
+            operands = origins if matched else [flow.data(v.aval) for v in body.jaxpr.invars]
+            self.run(body, operands, inside.body(number))
+        return [flow.through(name, origins, v.aval) for v in eqn.outvars]
 
-def _fixed_point(
-    jaxpr: Any, origins: list[Origin], slots: range, here: Where
-) -> tuple[list[Origin], list[Origin]]:
-    # The operands of a loop body in all trips, and its results: the carry (the operands in `slots`,
-    # the first results) may come from the start or from an earlier trip. It only rises, so it ends.
-    while True:
-        results = follow(jaxpr, origins, None, where=here)
-        again = list(origins)
-        for result, slot in zip(results, slots, strict=False):
-            again[slot] = flow.join(origins[slot], result, jaxpr.invars[slot].aval)
-        if again == origins:
-            return origins, results
-        origins = again
+    def join(self, values: Sequence[Origin], v: Any) -> Origin:
+        """Made of what any of them is made of."""
+        joined = values[0]
+        for more in values[1:]:
+            joined = flow.join(joined, more, v.aval)
+        return joined
 
+    def stacked(self, value: Origin, v: Any) -> Origin:
+        """Of all trips."""
+        return flow.data(v.aval) if value.data else flow.made_of([value], v.aval)
 
-def _scan(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list[Origin]:
-    jaxpr = compat.body(eqn.params["jaxpr"]).jaxpr
-    num_consts, num_carry = compat.scan_sizes(eqn.params)
-    inside = here.body()._replace(loops=(*here.loops, eqn.params["length"]))
-    start = [o.within(v.aval) for o, v in zip(origins, jaxpr.invars, strict=True)]
-    slots = range(num_consts, num_consts + num_carry)
-    operands, results = _fixed_point(jaxpr, start, slots, inside)
-    follow(jaxpr, operands, found, where=inside)
-    rows = zip(results[num_carry:], eqn.outvars[num_carry:], strict=True)
-    return [
-        *(operands[slot] for slot in slots),
-        *(flow.data(v.aval) if o.data else flow.made_of([o], v.aval) for o, v in rows),
-    ]
-
-
-def _while(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list[Origin]:
-    test, step = (compat.body(eqn.params[key]).jaxpr for key in ("cond_jaxpr", "body_jaxpr"))
-    num_test, num_step = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    test_consts = origins[:num_test]
-    here = here._replace(in_while=True)
-    start = [o.within(v.aval) for o, v in zip(origins[num_test:], step.invars, strict=True)]
-    slots = range(num_step, len(start))
-    operands, _ = _fixed_point(step, start, slots, here.body(1))
-    carry = operands[num_step:]
-    (going_on,) = follow(test, [*test_consts, *carry], found, where=here.body(0))
-    follow(step, operands, found, where=here.body(1))
-    return [flow.chosen(o, going_on, v.aval) for o, v in zip(carry, eqn.outvars, strict=True)]
-
-
-def _cond(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list[Origin]:
-    index, *operands = origins
-    results: list[list[Origin]] = []
-    for number, branch in enumerate(eqn.params["branches"]):
-        inside = here.body(number)._replace(branches=(*here.branches, (here.place, number)))
-        results.append(follow(compat.body(branch).jaxpr, operands, found, where=inside))
-    joined = results[0]
-    for more in results[1:]:
-        joined = [
-            flow.join(a, b, v.aval) for a, b, v in zip(joined, more, eqn.outvars, strict=True)
-        ]
-    return [flow.chosen(o, index, v.aval) for o, v in zip(joined, eqn.outvars, strict=True)]
-
-
-def _other(eqn: Any, origins: list[Origin], here: Where, found: Sink) -> list[Origin]:
-    # Any other primitive. What it holds is looked at, but `walk` cannot change it.
-    name = eqn.primitive.name
-    unentered = here.unentered or (f"{name} at {here.scope!r}" if here.scope else name)
-    given = here.given.union(*(o.params for o in origins))
-    inside = here._replace(unentered=unentered, given=given)
-    if name in compat.OPAQUE:
-        weights = [o for o in origins if not o.data]
-        pair = flow.made_of(weights, eqn.invars[0].aval) if weights else Origin(), Origin(data=True)
-        _record(found, inside, eqn, origins=pair, active=(False, True))
-    for number, body in enumerate(compat.bodies(eqn.params)):
-        matched = len(body.jaxpr.invars) == len(origins)
-        operands = origins if matched else [flow.data(v.aval) for v in body.jaxpr.invars]
-        follow(body.jaxpr, operands, found, where=inside.body(number))
-    return [flow.through(name, origins, v.aval) for v in eqn.outvars]
+    def chosen(self, value: Origin, by: Origin, v: Any) -> Origin:
+        """Mixed, if the choice depends on inputs."""
+        return flow.chosen(value, by, v.aval)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxcompress.graph import compat
 from jaxcompress.graph.flow import Origin
 from jaxcompress.graph.follow import Place, Where
+from jaxcompress.graph.interpret import Interpreter
 from jaxcompress.graph.trace import Program
 
 LOOP, END = "loop", "loop_end"
@@ -99,7 +100,7 @@ def inline(program: Program, *, weigh: Weigh | None, trips: Trips = None) -> Inl
     inliner = _Inliner(program, weigh, trips)
     origins = program.found.arguments[()]
     arguments = [inliner.value(v.aval, o) for v, o in zip(jaxpr.invars, origins, strict=True)]
-    results = inliner.run(jaxpr, arguments, Where(), 1, region=())
+    results = inliner.run(compat.body(program.closed), arguments, _At())
     inliner.check_trips()
     return Inlined(
         tuple(inliner.ops),
@@ -132,7 +133,15 @@ def _stacked(eqn: Any) -> int:
     return len(eqn.outvars) - compat.scan_sizes(eqn.params)[1]
 
 
-class _Inliner:
+class _At(NamedTuple):
+    """Where a jaxpr or an equation is, how often it runs, and in which loops."""
+
+    where: Where = Where()
+    times: int = 1
+    region: tuple[Place, ...] = ()
+
+
+class _Inliner(Interpreter):
     """Numbers values and collects operations while it goes through a jaxpr."""
 
     def __init__(self, program: Program, weigh: Weigh | None, trips: Trips):
@@ -160,143 +169,131 @@ class _Inliner:
             if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
                 raise ValueError(f"trips: must be integers from 1, got {n!r}")
 
-    def run(
-        self, jaxpr: Any, arguments: Sequence[Operand], where: Where, times: int, *, region
-    ) -> list[Operand]:
-        """Collects the operations of a jaxpr; the numbers of its results."""
-        known: dict[Any, Operand] = {}
-        for v in jaxpr.constvars:
-            known[v] = self.value(v.aval, Origin())
-        known.update(zip(jaxpr.invars, arguments, strict=True))
+    def literal(self, v: Any) -> Operand:
+        """Itself: it has no number."""
+        return v
 
-        def read(v):
-            return v if compat.is_literal(v) else known[v]
+    def constant(self, v: Any, x: Any) -> Operand:
+        """A new value."""
+        del x
+        return self.value(v.aval, Origin())
 
-        for number, eqn in enumerate(jaxpr.eqns):
-            call = _Call(
-                eqn, [read(v) for v in eqn.invars], where.equation(number, eqn), times, region
-            )
-            known.update(zip(eqn.outvars, self._equation(call), strict=True))
-        return [read(v) for v in jaxpr.outvars]
+    def at(self, where: _At, number: int, eqn: Any) -> _At:
+        """The place of the equation."""
+        return where._replace(where=where.where.equation(number, eqn))
 
-    def _equation(self, call: "_Call") -> Sequence[Operand]:
-        name = call.eqn.primitive.name
-        if name in compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM:
-            inner = compat.call_body(call.eqn).jaxpr
-            return self.run(inner, call.operands, call.where.body(), call.times, region=call.region)
-        if name == "shard_map":  # shapes are those of one device
-            inner, devices = (
-                compat.body(call.eqn.params["jaxpr"]).jaxpr,
-                call.eqn.params["mesh"].size,
-            )
-            times = call.times * devices
-            return self.run(inner, call.operands, call.where.body(), times, region=call.region)
-        if name == "custom_linear_solve":
-            number, solver, consts = compat.linear_solve(call.eqn)
-            constants = call.operands[consts]
-            sides = call.operands[len(call.operands) - len(solver.jaxpr.invars) + len(constants) :]
-            inside = call.where.body(number)
-            operands = [*constants, *sides]
-            return self.run(solver.jaxpr, operands, inside, call.times, region=call.region)
-        special = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(name)
-        if special is not None:
-            return special(call)
-        origins = self.found.results[call.where.place]
-        return self._emit(call, name, call.operands, call.results(origins))
+    def within(self, at: _At, number: int, eqn: Any) -> _At:
+        """The place of the jaxpr."""
+        del eqn
+        return at._replace(where=at.where.body(number))
 
-    def _emit(self, call, name, operands, results) -> list[int]:
+    def enters(self, eqn: Any, at: _At) -> bool:
+        """Also what each device does, and the solver of a linear solve."""
+        return super().enters(eqn, at) or eqn.primitive.name in _OTHERS
+
+    def enter(self, eqn: Any, values: list[Operand], at: _At) -> Sequence[Operand]:
+        """Of these too."""
+        if eqn.primitive.name == "shard_map":  # shapes are those of one device
+            inside = self.within(at._replace(times=at.times * eqn.params["mesh"].size), 0, eqn)
+            return self.run(compat.body(eqn.params["jaxpr"]), values, inside)
+        if eqn.primitive.name == "custom_linear_solve":
+            number, solver, consts = compat.linear_solve(eqn)
+            constants = values[consts]
+            sides = values[len(values) - len(solver.jaxpr.invars) + len(constants) :]
+            return self.run(solver, [*constants, *sides], self.within(at, number, eqn))
+        return super().enter(eqn, values, at)
+
+    def equation(self, eqn: Any, values: list[Operand], at: _At) -> Sequence[Operand]:
+        """One operation."""
+        return self._emit(eqn.primitive.name, eqn, values, self._results(eqn, at), at)
+
+    def _results(self, eqn: Any, at: _At) -> list[tuple[Any, Origin]]:
+        origins = self.found.results[at.where.place]
+        return [(v.aval, o) for v, o in zip(eqn.outvars, origins, strict=True)]
+
+    def _emit(
+        self,
+        name: str,
+        eqn: Any,
+        operands: Sequence[Operand],
+        results: Sequence[tuple[Any, Origin]],
+        at: _At,
+    ) -> list[int]:
         outputs = [self.value(aval, origin) for aval, origin in results]
-        where = call.where
         self.ops.append(
             Op(
                 name,
-                call.eqn,
+                eqn,
                 tuple(None if compat.is_literal(n) else n for n in operands),
                 tuple(outputs),
-                call.times,
-                where.scope,
-                where.place,
-                call.region,
+                at.times,
+                at.where.scope,
+                at.where.place,
+                at.region,
                 {port: n.val for port, n in enumerate(operands) if compat.is_literal(n)},
             )
         )
         return outputs
 
-    def _loop(self, call, *, bodies, n_carry, length) -> list[int]:
+    def _loop(
+        self, eqn: Any, values: list[Operand], at: _At, *, bodies, n_carry: int, length: int
+    ) -> list[int]:
         # `bodies`: number of the jaxpr, the jaxpr, its constants; the last one gives the carry.
         number, main, consts = bodies[-1]
-        n_inner = len(main.invars) - len(consts)
-        entering = self.found.arguments[(*call.where.place, number)][len(consts) :]
-        results = call.results(self.found.results[call.where.place])
-        inner = zip([v.aval for v in main.invars[len(consts) :]], entering, strict=True)
-        marks = self._emit(call, LOOP, call.operands, [*inner, *results[n_carry:]])
+        variables = main.jaxpr.invars[len(consts) :]
+        entering = self.found.arguments[(*at.where.place, number)][len(consts) :]
+        results = self._results(eqn, at)
+        inner = zip([v.aval for v in variables], entering, strict=True)
+        marks = self._emit(LOOP, eqn, values, [*inner, *results[n_carry:]], at)
         given: Sequence[Operand] = ()
-        for number, jaxpr, constants in bodies:
-            given = self.run(
-                jaxpr,
-                [*constants, *marks[:n_inner]],
-                call.where.body(number),
-                call.times * length,
-                region=(*call.region, call.where.place),
-            )
-            if jaxpr is not main:
+        region = (*at.region, at.where.place)
+        for number, body, constants in bodies:
+            inside = self.within(at, number, eqn)
+            inside = inside._replace(times=at.times * length, region=region)
+            given = self.run(body, [*constants, *marks[: len(variables)]], inside)
+            if body is not main:
                 self.tests += [n for n in given if isinstance(n, int)]
-        start = len(call.operands) - n_inner  # the first carry is not needed to the end
-        kept = [*call.operands[:start], *call.operands[start + n_carry :]]
-        ends = self._emit(call, END, [*kept, *given], results[:n_carry])
-        return [*ends, *marks[n_inner:]]
+        start = len(values) - len(variables)  # the first carry is not needed to the end
+        kept = [*values[:start], *values[start + n_carry :]]
+        ends = self._emit(END, eqn, [*kept, *given], results[:n_carry], at)
+        return [*ends, *marks[len(variables) :]]
 
-    def _scan(self, call: "_Call") -> list[int]:
-        params = call.eqn.params
-        n_consts, n_carry = compat.scan_sizes(params)
-        body = (0, compat.body(params["jaxpr"]).jaxpr, call.operands[:n_consts])
-        return self._loop(call, bodies=[body], n_carry=n_carry, length=params["length"])
+    def scan(self, eqn: Any, values: list[Operand], at: _At) -> Sequence[Operand]:
+        """Its body once, between two marks."""
+        n_consts, n_carry = compat.scan_sizes(eqn.params)
+        body = (0, compat.body(eqn.params["jaxpr"]), values[:n_consts])
+        length = eqn.params["length"]
+        return self._loop(eqn, values, at, bodies=[body], n_carry=n_carry, length=length)
 
-    def _while(self, call: "_Call") -> list[int]:
-        params, scope = call.eqn.params, "/".join(filter(None, (call.where.scope, "while")))
+    def loop(self, eqn: Any, values: list[Operand], at: _At) -> Sequence[Operand]:
+        """Its test and its body once, between two marks."""
+        params, scope = eqn.params, "/".join(filter(None, (at.where.scope, "while")))
         trips = self.trips.get(scope) if isinstance(self.trips, Mapping) else self.trips
         self.loops.append(scope)
         if trips is None:
             self.assumed.append(scope)
         n_test, n_step = params["cond_nconsts"], params["body_nconsts"]
-        test = (0, compat.body(params["cond_jaxpr"]).jaxpr, call.operands[:n_test])
-        step = (1, compat.body(params["body_jaxpr"]).jaxpr, call.operands[n_test : n_test + n_step])
-        n_carry = len(call.eqn.outvars)
-        return self._loop(call, bodies=[test, step], n_carry=n_carry, length=trips or 1)
+        test = (0, compat.body(params["cond_jaxpr"]), values[:n_test])
+        step = (1, compat.body(params["body_jaxpr"]), values[n_test : n_test + n_step])
+        n_carry = len(eqn.outvars)
+        return self._loop(eqn, values, at, bodies=[test, step], n_carry=n_carry, length=trips or 1)
 
-    def _cond(self, call: "_Call") -> Sequence[Operand]:
+    def cond(self, eqn: Any, values: list[Operand], at: _At) -> Sequence[Operand]:
+        """The branch that weighs most, or all."""
         before, branches = self.ops, []
-        for number, branch in enumerate(call.eqn.params["branches"]):
+        for number, branch in enumerate(eqn.params["branches"]):
             self.ops = []
-            results = self.run(
-                compat.body(branch).jaxpr,
-                call.operands[1:],
-                call.where.body(number),
-                call.times,
-                region=call.region,
-            )
+            results = self.run(compat.body(branch), values[1:], self.within(at, number, eqn))
             branches.append((self.ops, results))
-        self.choices.append("/".join(filter(None, (call.where.scope, "cond"))))
+        self.choices.append("/".join(filter(None, (at.where.scope, "cond"))))
         if self.weigh is None:
             self.ops = [*before, *(op for ops, _ in branches for op in ops)]
-            operands = [call.operands[0], *(n for _, results in branches for n in results)]
-            origins = self.found.results[call.where.place]
-            return self._emit(call, "cond", operands, call.results(origins))
+            operands = [values[0], *(n for _, results in branches for n in results)]
+            return self._emit("cond", eqn, operands, self._results(eqn, at), at)
         weights = [self.weigh(ops) for ops, _ in branches]
         ops, results = branches[weights.index(max(weights))]
         self.ops = [*before, *ops]
         return results
 
 
-class _Call(NamedTuple):
-    """An equation with the values it is given, and where it is."""
-
-    eqn: Any
-    operands: list[Operand]
-    where: Where
-    times: int
-    region: tuple[Place, ...]
-
-    def results(self, origins: Sequence[Origin]) -> list[tuple[Any, Origin]]:
-        """Shape and origin of every result."""
-        return [(v.aval, o) for v, o in zip(self.eqn.outvars, origins, strict=True)]
+_OTHERS = frozenset(("shard_map", "custom_linear_solve"))

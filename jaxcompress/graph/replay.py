@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph import compat
 from jaxcompress.graph.axes import Axes
-from jaxcompress.graph.axes_scopes import CALLS, Scope, Step, is_float
+from jaxcompress.graph.axes_scopes import Scope, Step, is_float
 from jaxcompress.graph.axes_shapes import Terms
 from jaxcompress.graph.axes_terms import Atom, Term, Whole, count, keep_of, resolve, size
+from jaxcompress.graph.evaluate import Evaluator
 from jaxcompress.graph.replay_means import renormalised
 from jaxcompress.graph.replay_rules import Cut, resized
 
@@ -61,7 +61,8 @@ def replay(axes: Axes, kept: Kept, *, renormalise: bool = False) -> Callable[...
         every: dict[Atom, Any] = dict(kept)
         _rebind(every, program.scope.ins[len(shapes) :], leaves, inputs)
         runner = _Replay(keeper(every), renormalise)
-        results = runner.run(program.scope, [*jax.tree.leaves(params), *leaves])
+        values = [*jax.tree.leaves(params), *leaves]
+        results = runner.run(program.scope.body, values, program.scope)
         return jax.tree.unflatten(jax.tree.structure(program.traced.graph.out), results)
 
     return small_fn
@@ -108,138 +109,101 @@ def _rebind(
                 )
 
 
-class _Replay:
-    """Evaluates jaxprs with new sizes."""
+class _Replay(Evaluator):
+    """Evaluates jaxprs with new sizes. Where it is, is said by a scope, or a step."""
+
+    keeps = compat.REMAT
 
     def __init__(self, keep: Callable[[Term], Any], renormalise: bool):
         self.keep, self.renormalise = keep, renormalise
+        self._constants: dict[Any, Terms] = {}
+        self._divided: Mapping[int, Any] = {}
 
-    def run(self, scope: Scope, values: Sequence[Any]) -> list[Any]:
-        """The results of a jaxpr."""
-        jaxpr, consts = scope.body.jaxpr, scope.body.consts
-        known = {
-            v: take(x, terms, self.keep)
-            for v, x, terms in zip(jaxpr.constvars, consts, scope.consts, strict=True)
-        }
-        known.update(zip(jaxpr.invars, values, strict=True))
+    def run(self, body: compat.Body, values: Sequence[Any], where: Any = ()) -> list[Any]:
+        """With what is known of the scope."""
+        outside = self._constants, self._divided
+        self._constants = dict(zip(body.jaxpr.constvars, where.consts, strict=True))
+        self._divided = renormalised(where, self.keep) if self.renormalise else {}
+        results = super().run(body, values, where)
+        self._constants, self._divided = outside
+        return results
 
-        def read(v):
-            return v.val if compat.is_literal(v) else known[v]
+    def constant(self, v: Any, x: Any) -> Any:
+        """The part that stays."""
+        return take(x, self._constants[v], self.keep)
 
-        divided = renormalised(scope, self.keep) if self.renormalise else {}
-        for place, step in enumerate(scope.steps):
-            step = replace(step, eqn=divided[place]) if place in divided else step
-            with compat.surroundings(step.eqn):
-                results = self._step(step, [read(v) for v in step.eqn.invars])
-            known.update(zip(step.eqn.outvars, results, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+    def at(self, where: Scope, number: int, eqn: Any) -> Step:
+        """The step, its division renormalised."""
+        step = where.steps[number]
+        return replace(step, eqn=self._divided[number]) if number in self._divided else step
 
-    def _step(self, step: Step, values: list[Any]) -> Sequence[Any]:
-        name = step.eqn.primitive.name
-        if name in compat.REMAT:
-            return self._remat(step, values)
-        if name in CALLS:
-            return self._call(step, values)
-        special = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(name)
-        if special is not None:
-            return special(step, values)
-        return self._evaluate(step, values)
+    def within(self, at: Step, number: int, eqn: Any) -> Scope:
+        """The scope of a jaxpr."""
+        return at.scopes[number]
 
-    def _evaluate(self, step: Step, values: list[Any]) -> list[Any]:
-        cut = Cut(step, self.keep, values)
-        new = [cut.shape(i) for i in range(len(step.outs))]
+    def enters(self, eqn: Any, at: Step) -> bool:
+        """What has scopes."""
+        return bool(at.scopes)
+
+    def equation(self, eqn: Any, values: list[Any], at: Step) -> Sequence[Any]:
+        """The equation with the sizes that its axes have now."""
+        cut, eqn = Cut(at, self.keep, values), at.eqn
+        new = [cut.shape(i) for i in range(len(at.outs))]
         same = all(
-            n == tuple(map(size, terms)) for n, terms in zip(new, step.outs, strict=True)
+            n == tuple(map(size, terms)) for n, terms in zip(new, at.outs, strict=True)
         ) and all(
             tuple(np.shape(x)) == tuple(map(size, terms))
-            for x, terms in zip(values, step.ins, strict=True)
+            for x, terms in zip(values, at.ins, strict=True)
         )
-        if same:
-            return compat.evaluate(step.eqn, values)
-        eqn = compat.with_shapes(step.eqn, [jnp.shape(x) for x in values], new, params=resized(cut))
-        return compat.evaluate(eqn, values)
+        if not same:
+            shapes = [jnp.shape(x) for x in values]
+            eqn = compat.with_shapes(eqn, shapes, new, params=resized(cut))
+        with compat.surroundings(eqn):
+            return compat.evaluate(eqn, values)
 
-    def _remat(self, step: Step, values: list[Any]) -> list[Any]:
-        options = compat.remat_options(step.eqn.params)
-        if isinstance(options["prevent_cse"], tuple):
-            options["prevent_cse"] = options["prevent_cse"][1:]
-        inner = lambda *values: self.run(step.scopes[0], values)
-        return jax.checkpoint(inner, **options)(*values)
+    def length(self, eqn: Any, at: Step) -> Any:
+        """How many layers of a stack are left."""
+        n_consts, n_carry = compat.scan_sizes(eqn.params)
+        along = [*at.ins[n_consts + n_carry :], *at.outs[n_carry:]]
+        return count(self.keep(along[0][0])) if along else eqn.params["length"]
 
-    def _call(self, step: Step, values: list[Any]) -> list[Any]:
-        if len(step.scopes) == 1:
-            return self.run(step.scopes[0], values)
-        main, rule = step.scopes
-        at = [i for i, v in enumerate(step.eqn.invars) if is_float(v)]
-        others = [i for i in range(len(values)) if i not in at]
+    def custom(self, eqn: Any, values: list[Any], at: Step) -> Sequence[Any]:
+        """With its derivative rule, of the new sizes too."""
+        if len(at.scopes) == 1:
+            return super().custom(eqn, values, at)
+        main, rule = at.scopes
+        floats = [i for i, v in enumerate(eqn.invars) if is_float(v)]
+        others = [i for i in range(len(values)) if i not in floats]
 
-        def merged(floats, rest):
-            filled = dict(zip(at, floats, strict=True)) | dict(zip(others, rest, strict=True))
+        def merged(some, rest):
+            filled = dict(zip(floats, some, strict=True)) | dict(zip(others, rest, strict=True))
             return [filled[i] for i in range(len(filled))]
 
-        split = [values[i] for i in at], [values[i] for i in others]
-        if step.eqn.primitive.name == "custom_jvp_call":
+        split = [values[i] for i in floats], [values[i] for i in others]
+        if eqn.primitive.name == "custom_jvp_call":
             return self._with_jvp(main, rule, merged)(*split)
         return self._with_vjp(main, rule, merged)(*split)
 
     def _with_jvp(self, main: Scope, rule: Scope, merged: Callable[..., list[Any]]):
-        call = jax.custom_jvp(lambda floats, rest: self.run(main, merged(floats, rest)))
+        call = jax.custom_jvp(lambda some, rest: self.run(main.body, merged(some, rest), main))
 
         @call.defjvp
         def _(primals, tangents):
-            floats, rest = primals
-            results = self.run(rule, [*merged(floats, rest), *tangents[0]])
+            some, rest = primals
+            results = self.run(rule.body, [*merged(some, rest), *tangents[0]], rule)
             return results[: len(main.outs)], results[len(main.outs) :]
 
         return call
 
     def _with_vjp(self, main: Scope, rule: Scope, merged: Callable[..., list[Any]]):
-        call = jax.custom_vjp(lambda floats, rest: self.run(main, merged(floats, rest)))
+        call = jax.custom_vjp(lambda some, rest: self.run(main.body, merged(some, rest), main))
 
-        def forward(floats, rest):
-            return self.run(main, merged(floats, rest)), (floats, rest)
+        def forward(some, rest):
+            return self.run(main.body, merged(some, rest), main), (some, rest)
 
         def backward(residuals, cotangents):
-            floats, rest = residuals
-            return self.run(rule, [*merged(floats, rest), *cotangents]), None
+            some, rest = residuals
+            return self.run(rule.body, [*merged(some, rest), *cotangents], rule), None
 
         call.defvjp(forward, backward)
         return call
-
-    def _scan(self, step: Step, values: list[Any]) -> list[Any]:
-        params = step.eqn.params
-        n_consts, n_carry = compat.scan_sizes(params)
-        fixed, start = values[:n_consts], values[n_consts : n_consts + n_carry]
-        along = [*step.ins[n_consts + n_carry :], *step.outs[n_carry:]]
-        length = count(self.keep(along[0][0])) if along else params["length"]
-
-        def body(carry, rows):
-            results = self.run(step.scopes[0], [*fixed, *carry, *rows])
-            return results[:n_carry], results[n_carry:]
-
-        carry, stacked = lax.scan(
-            body,
-            start,
-            values[n_consts + n_carry :],
-            length=length,
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
-        return [*carry, *stacked]
-
-    def _while(self, step: Step, values: list[Any]) -> list[Any]:
-        params = step.eqn.params
-        n_test = params["cond_nconsts"]
-        start = n_test + params["body_nconsts"]
-        test, body = step.scopes
-        return lax.while_loop(
-            lambda carry: self.run(test, [*values[:n_test], *carry])[0],
-            lambda carry: self.run(body, [*values[n_test:start], *carry]),
-            values[start:],
-        )
-
-    def _cond(self, step: Step, values: list[Any]) -> list[Any]:
-        branches = [
-            lambda *operands, scope=scope: self.run(scope, operands) for scope in step.scopes
-        ]
-        return lax.switch(values[0], branches, *values[1:])

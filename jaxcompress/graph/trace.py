@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.core.kernels import with_declared
 from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.core.paths import leaves_with_paths, refuse_twins
 from jaxcompress.graph import compat, flow, macs
@@ -81,17 +82,17 @@ def trace_program(
     _check_call(fn, params, inputs)
     if shardings:
         closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+        closed = with_declared(closed)
     else:
         closed, out = traced_anywhere(fn, params, *inputs)
     if not dead_code:
         closed = compat.without_dead_code(closed)
-    found = Findings([], {}, {})
     variables = closed.jaxpr.invars
     origins = [
         flow.leaf(path, v.aval) for path, v in zip(leaves, variables[: len(leaves)], strict=True)
     ]
     origins += [flow.data(v.aval) for v in variables[len(leaves) :]]
-    follow(closed.jaxpr, origins, found)
+    _, found = follow(compat.body(closed), origins)
     return _report(closed, out, leaves, found)
 
 

@@ -76,7 +76,7 @@ class _Walker(Evaluator):
     Its state are the states of the taps that lie in the jaxpr at hand, by name.
     """
 
-    keeps_calls = True
+    keeps = compat.JIT | compat.REMAT
 
     def __init__(
         self, program: Program, visit: Visit, around: Around | None, states: Mapping[str, Any]
@@ -108,8 +108,8 @@ class _Walker(Evaluator):
 
     def custom(self, eqn: Any, values: list[Any], at: Place) -> Sequence[Any]:
         """The body is walked, the rule stays in force."""
-        body, where = compat.call_body(eqn), self.within(at, 0)
-        walked = lambda states, *values: self.carried(states, body, values, where)
+        body, where = compat.call_body(eqn), self.within(at, 0, eqn)
+        walked = lambda states, *values: self.from_state(states, body, values, where)
         results, self.state = keep_rule(eqn, values, self.state, walked)
         return results
 

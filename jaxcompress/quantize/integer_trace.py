@@ -62,7 +62,7 @@ def flatten(fn: Callable[..., Any], packed: Any, x: Any, given: Mapping[str, Gri
             f"apply_fn must return one array, got {len(program.closed.jaxpr.outvars)}: "
             "wrap it in a function that returns the logits alone"
         )
-    flattener = Flattener()
+    flattener = Flattener(names=True)
     arguments = [flattener.value(v.aval) for v in program.closed.jaxpr.invars]
     flattener.known.update(zip(arguments, jax.tree.leaves(params), strict=False))
     (output,) = flattener.run(compat.body(program.closed), arguments, "")

@@ -1,5 +1,6 @@
 """What JAX primitives mean: their rows, and what those do that move elements."""
 
+from jaxcompress.graph.primitives.declared import declare
 from jaxcompress.graph.primitives.movement import (
     Moved,
     Pad,
@@ -14,6 +15,6 @@ from jaxcompress.graph.primitives.movement import (
 from jaxcompress.graph.primitives.table import Row, degree_of, names, row, rows
 
 __all__ = [
-    "Moved", "Pad", "Permute", "Regroup", "Row", "Spread", "Take", "degree_of", "move", "moved",
-    "names", "row", "rows", "taken",
+    "Moved", "Pad", "Permute", "Regroup", "Row", "Spread", "Take", "declare", "degree_of", "move",
+    "moved", "names", "row", "rows", "taken",
 ]  # fmt: skip
