@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax import lax
 
 import jaxcompress as jc
 from jaxcompress.core.packed import quantize
@@ -334,6 +335,30 @@ def test_gates_that_are_split_and_joined_keep_their_steps(activations, tmp_path)
         fn, packed, normal(3, 2, 6), path=tmp_path / "a.tflite", activations=activations
     )
     assert report.verified.largest_difference is not None and not report.widened
+    assert any("int8" in o.inputs for o in report.operators)
+
+
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+def test_weights_behind_identities_and_stacks_keep_their_steps(activations, tmp_path):
+    packed = pack({"w": normal(1, 6, 6), "v": normal(2, 6, 6), "u": normal(4, 6, 4)}, 8)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def fn(p, x):
+        w, x = lax.optimization_barrier((lax.stop_gradient(p["w"]), x))
+        v = lax.with_sharding_constraint(jax.device_put(p["v"], one), one)
+        stacked = jnp.stack([w, v])
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stacked)[0]
+        for w in jnp.unstack(stacked):
+            x = x @ w[:, jnp.array([4, 0, 1, 3, 2, 5])]
+        return x @ jnp.tile(p["u"], (1, 3)), jnp.einsum("nk,bkm->nbm", x, jnp.broadcast_to(
+            p["u"], (2, 6, 4)))  # fmt: skip
+
+    report = jc.export.litert(
+        fn, packed, normal(3, 2, 6), path=tmp_path / "a.tflite", activations=activations
+    )
+    assert report.verified.largest_difference is not None and not report.widened
+    (product,) = [o for o in report.operators if o.name == "FULLY_CONNECTED"]
+    assert product.count == 6 and product.inputs[1] == ("int8" if activations else "float32")
     assert any("int8" in o.inputs for o in report.operators)
 
 

@@ -30,14 +30,9 @@ from jaxcompress.export.litert_convolutions import (
 from jaxcompress.export.litert_runtimes import Runtime, why_not_four_bits
 from jaxcompress.export.marks import FAKE_QUANT, mark, mark_dynamic, stored_bits
 from jaxcompress.graph import compat
-
-_VIEWS = frozenset(
-    "reshape transpose squeeze expand_dims slice rev broadcast_in_dim convert_element_type "
-    "copy copy_p stop_gradient split concatenate".split()
-)
-_PICKS = frozenset({"gather", "dynamic_slice"})  # views where the indices are known
-_MOVES = _VIEWS | _PICKS | {"pad", "dynamic_update_slice", "select_n", "sort"}
-_OPEN = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
+from jaxcompress.graph.evaluate import Evaluator
+from jaxcompress.graph.interpret import CALLS
+from jaxcompress.graph.primitives import move, row, taken
 
 
 class _Steps(ValueError):
@@ -160,33 +155,35 @@ def _marked(x: Any, axis: int | None = None) -> Any:
     return mark(array, scale=scale, zero_point=0, bits=x.bits, narrow=x.narrow, axis=axis)
 
 
-class _Evaluation:
-    """Evaluates jaxprs on values of which some are weights."""
+class _Evaluation(Evaluator):
+    """On values of which some are weights."""
 
     def __init__(self, dynamic: bool, runtime: Runtime, widened: dict[str, str]):
         self.dynamic, self.widened = dynamic, widened
         self.runtime: Runtime = runtime
         self.grids: dict[int, tuple[Any, dict[str, Any]]] = {}  # id of an array -> its mark
 
-    def run(self, body: compat.Body, values: Sequence[Any]) -> list[Any]:
-        """The results of a jaxpr."""
-        known = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-        known.update(zip(body.jaxpr.invars, values, strict=True))
-        read = lambda v: v.val if compat.is_literal(v) else known[v]
-        for eqn in body.jaxpr.eqns:
-            with compat.surroundings(eqn):
-                results = self._evaluate(eqn, [read(v) for v in eqn.invars])
-            known.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in body.jaxpr.outvars]
-
-    def _evaluate(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def enters(self, eqn: Any, at: Any) -> bool:
+        """Calls and loops of some trips."""
+        del at
         name = eqn.primitive.name
-        if name in _OPEN:
-            return self.run(compat.call_body(eqn), values)
-        if name == "scan" and eqn.params["length"]:
-            return self._scan(eqn, values)
-        if name not in _VIEWS and name not in _PICKS:  # only numbers lie on grids of the runtime
-            values = [self._whole(eqn, x) for x in values]
+        return name in CALLS or (name == "scan" and bool(eqn.params["length"]))
+
+    def equation(self, eqn: Any, values: list[Any], at: Any) -> Sequence[Any]:
+        """Views of weights are weights, and what else meets them is marked."""
+        del at
+        with compat.surroundings(eqn):
+            return self._evaluate(eqn, values)
+
+    def _evaluate(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        name = eqn.primitive.name
+        if row(name).kind == "identity":
+            return values
+        viewed = _viewed(eqn, values)
+        if viewed is not None:
+            return viewed
+        # Only numbers lie on grids of the runtime.
+        values = [self._whole(eqn, x) for x in values]
         weights = [isinstance(x, Weight) for x in values]
         if name == "mul" and sum(weights) == 1:
             scaled = _scaled(*values)
@@ -198,19 +195,15 @@ class _Evaluation:
             return [self._pad(eqn, *values)]
         if name == "composite" and not any(weights):
             return self._composite(eqn, values)
-        if any(weights):
-            if name in _VIEWS and all(weights):
-                return _viewed(eqn, values)
-            if name == compat.DOT and sum(weights) == 1:
-                return [self._dot(eqn, values, weights.index(True))]
-            if name in _PICKS and weights == [True] + [False] * (len(values) - 1):
-                rest = values[1:]
-                if not any(isinstance(x, Tracer) for x in rest):
-                    return _viewed(eqn, values[:1], rest)
-            lookup = name == "gather" and weights == [True, False] and not _is_integer(values[0])
-            if lookup and _is_lookup(eqn, *values):
-                return [_looked_up(*values)]
-        return compat.evaluate(eqn, [self._moved(eqn, x) for x in values])
+        if name == compat.DOT and sum(weights) == 1:
+            return [self._dot(eqn, values, weights.index(True))]
+        if name == "gather" and weights == [True, False] and _is_lookup(eqn, *values):
+            return [_looked_up(*values)]
+        values = [self._moved(eqn, x) for x in values]
+        if not _is_position(eqn) or any(isinstance(x, Tracer) for x in values):
+            return compat.evaluate(eqn, values)
+        with jax.ensure_compile_time_eval():
+            return compat.evaluate(eqn, values)
 
     def _whole(self, eqn: Any, x: Any) -> Any:
         # Integers that an operation computes with as integers are constants like others.
@@ -221,10 +214,10 @@ class _Evaluation:
 
     def _moved(self, eqn: Any, x: Any) -> Any:
         # The runtime moves codes, and has no steps of their own for parts that were moved.
-        if _is_integer(x):
-            return self._whole(eqn, x)
-        if isinstance(x, Weight) and _axes(x) and eqn.primitive.name in _MOVES:
-            self.widened[x.name] = f"float32: LiteRT has no {eqn.primitive.name} of its steps"
+        name = eqn.primitive.name
+        moves = row(name).moves or row(name).kind == "sort" or name == "select_n"
+        if isinstance(x, Weight) and _axes(x) and moves:
+            self.widened[x.name] = f"float32: LiteRT has no {name} of its steps"
             return jnp.asarray(x.array)
         return _marked(x)
 
@@ -236,14 +229,17 @@ class _Evaluation:
             self.widened[x.name] = f"{x.array.dtype}: it is a result"
         return jnp.asarray(x.array)
 
-    def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def scan(self, eqn: Any, values: list[Any], at: Any) -> list[Any]:
+        """One trip after the other."""
         constants, carried = compat.scan_sizes(eqn.params)
         fixed, carry = values[:constants], values[constants : constants + carried]
         rows, length = values[constants + carried :], eqn.params["length"]
         steps = range(length)[::-1] if eqn.params["reverse"] else range(length)
         body, stacked = compat.body(eqn.params["jaxpr"]), {}
         for i in steps:
-            results = self.run(body, [*fixed, *carry, *(_row(x, i) for x in rows)])
+            results = self.run(
+                body, [*fixed, *carry, *(_row(x, i) for x in rows)], self.within(at, 0, eqn)
+            )
             carry, stacked[i] = results[:carried], [_marked(y) for y in results[carried:]]
         columns = zip(*(stacked[i] for i in range(length)), strict=True)
         return [*carry, *map(jnp.stack, columns)]
@@ -357,6 +353,14 @@ def _scaled(x: Any, y: Any) -> Weight | None:
     return None if len(_axes(found)) > 1 or turned else found
 
 
+def _is_position(eqn: Any) -> bool:
+    # Few numbers that may say which elements of a weight are taken.
+    meaning = row(eqn.primitive.name)
+    if not (meaning.elementwise or meaning.moves or meaning.name == "iota"):
+        return False
+    return all(v.aval.size <= 4096 and v.aval.dtype.kind in "iub" for v in eqn.outvars)
+
+
 def _is_lookup(eqn: Any, table: Weight, indices: Any) -> bool:
     # Rows of a matrix.
     numbers = eqn.params["dimension_numbers"]
@@ -387,12 +391,37 @@ def _row(x: Any, i: int) -> Any:
     return x[i]
 
 
-def _viewed(eqn: Any, weights: Sequence[Weight], rest: Sequence[Any] = ()) -> list[Any]:
-    with jax.ensure_compile_time_eval():
-        arrays, steps = (
-            list(map(np.asarray, compat.evaluate(eqn, [*map(jnp.asarray, given), *rest])))
-            for given in ([w.array for w in weights], [w.step for w in weights])
-        )
+def _viewed(eqn: Any, values: Sequence[Any]) -> list[Weight] | None:
+    """The results of an equation that takes elements of weights from known places, else None."""
+    weights = [x for x in values if isinstance(x, Weight)]
+    if not weights or not isinstance(values[0], Weight):
+        return None
+    if row(eqn.primitive.name).kind == "index":
+        found = _picked(eqn, *values)
+    elif len(weights) < len(values):
+        return None
+    elif eqn.primitive.name == "convert_element_type":
+        found = _converted(weights[0], eqn.params["new_dtype"])
+    else:
+        found = move(eqn, [w.array for w in weights]), move(eqn, [w.step for w in weights])
+    if found is None or found[0] is None or found[1] is None:
+        return None
     bits, narrow = max(w.bits for w in weights), all(w.narrow for w in weights)
     name = " and ".join(dict.fromkeys(w.name for w in weights))
-    return [Weight(name, *pair, bits, narrow) for pair in zip(arrays, steps, strict=True)]
+    return [Weight(name, a, step, bits, narrow) for a, step in zip(*found, strict=True)]
+
+
+def _picked(eqn: Any, w: Weight, *positions: Any) -> list[list[np.ndarray]] | None:
+    if any(isinstance(x, Tracer | Weight) for x in positions):
+        return None
+    with jax.ensure_compile_time_eval():
+        at = taken(eqn, w.array.shape, positions)
+    if at is None or (at < 0).any():
+        return None
+    return [[a.reshape(-1)[at]] for a in (w.array, w.step)]
+
+
+def _converted(w: Weight, dtype: Any) -> list[list[np.ndarray]] | None:
+    if jnp.issubdtype(dtype, jnp.integer) and not _is_integer(w):
+        return None
+    return [[a.astype(dtype)] for a in (w.array, w.step)]

@@ -13,7 +13,7 @@ legitimately be computed:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,16 +24,11 @@ from jax import Array, lax
 from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.export.marks import FAKE_QUANT
 from jaxcompress.graph import compat
+from jaxcompress.graph.evaluate import Evaluator
+from jaxcompress.graph.interpret import CALLS
+from jaxcompress.graph.primitives.table import row
 
-_MOVES = frozenset(
-    "reshape transpose squeeze expand_dims slice rev broadcast_in_dim concatenate pad gather split "
-    "dynamic_slice dynamic_update_slice select_n copy copy_p stop_gradient max min clamp neg abs "
-    "sign iota reduce_max reduce_min reduce_window_max sort argmax argmin round floor ceil "
-    "convert_element_type optimization_barrier".split()
-)
-_SUMS = frozenset("reduce_sum cumsum reduce_window_sum reduce_prod cumprod".split())
 _STRIDE = 7919
-_OPEN = compat.JIT | compat.CALL | compat.REMAT | compat.CUSTOM
 
 
 def with_rounding(
@@ -71,45 +66,49 @@ class _Value:
         self.array, self.live, self.step = array, live, step
 
 
-class _Evaluation:
+class _Evaluation(Evaluator):
+    """On `_Value`s."""
+
     def __init__(self, noise: Array, operands: float):
         self.noise, self.operands, self.drawn = noise, operands, 0
 
-    def run(self, body: compat.Body, values: Sequence[_Value]) -> list[_Value]:
-        """The results of a jaxpr."""
-        known = {
-            v: _Value(x, False) for v, x in zip(body.jaxpr.constvars, body.consts, strict=True)
-        }
-        known.update(zip(body.jaxpr.invars, values, strict=True))
-        read = lambda v: _Value(v.val, False) if compat.is_literal(v) else known[v]
-        for eqn in body.jaxpr.eqns:
-            with compat.surroundings(eqn):
-                results = self._evaluate(eqn, [read(v) for v in eqn.invars])
-            known.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in body.jaxpr.outvars]
+    def enters(self, eqn: Any, at: Any) -> bool:
+        """Calls and scans."""
+        del at
+        return eqn.primitive.name in CALLS or eqn.primitive.name == "scan"
 
-    def _evaluate(self, eqn: Any, values: list[_Value]) -> list[_Value]:
-        name, live = eqn.primitive.name, any(v.live for v in values)
-        if name in _OPEN:
-            return self.run(compat.call_body(eqn), values)
-        if name == "scan" and live:
-            return self._scan(eqn, values)
-        if name == "composite":
+    def literal(self, v: Any) -> _Value:
+        """Depends on no input."""
+        return _Value(v.val, False)
+
+    def constant(self, v: Any, x: Any) -> _Value:
+        """Depends on no input."""
+        del v
+        return _Value(x, False)
+
+    def equation(self, eqn: Any, values: list[_Value], at: Any) -> list[_Value]:
+        """With its operands and results moved."""
+        with compat.surroundings(eqn):
+            return self._moved(eqn, values, at)
+
+    def _moved(self, eqn: Any, values: list[_Value], at: Any) -> list[_Value]:
+        meaning, live = row(eqn.primitive.name), any(v.live for v in values)
+        if meaning.name == "composite":
             mark, attributes = compat.composite(eqn)
             if mark != FAKE_QUANT:
-                return self.run(compat.call_body(eqn), values)
+                return self.run(compat.call_body(eqn), values, self.within(at, 0, eqn))
             return self._grid(eqn, attributes, values, live)
         arrays = [v.array for v in values]
         if live and (terms := _terms(eqn)) is not None:
             arrays = [
-                self._operand(v.array, terms, product=name in (compat.DOT, compat.CONV))
+                self._operand(v.array, terms, product=meaning.kind == "contract")
                 if v.live else v.array
                 for v in values
             ]  # fmt: skip
         results = compat.evaluate(eqn, arrays)
-        if not live or name in _MOVES:
+        if not live or meaning.exact or meaning.order:
             steps = {v.step for v in values if v.live}
-            step = steps.pop() if len(steps) == 1 else 0.0
+            step = steps.pop() if len(steps) == 1 and meaning.degree == 1 else 0.0
             return [_Value(y, live, step) for y in results]
         return [_Value(self._relative(y, 4.0), True) for y in results]
 
@@ -128,7 +127,10 @@ class _Evaluation:
         (y,) = compat.evaluate(eqn, arrays)
         return [_Value(y, True, step if scale.size else 0.0)]
 
-    def _scan(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def scan(self, eqn: Any, values: list[_Value], at: Any) -> list[_Value]:
+        """Another scan, whose trips take their numbers from other places."""
+        if not any(v.live for v in values):
+            return [_Value(y, False) for y in compat.evaluate(eqn, [v.array for v in values])]
         params, body = eqn.params, compat.body(eqn.params["jaxpr"])
         consts, carried = compat.scan_sizes(params)
         arrays = [jnp.asarray(v.array) for v in values]
@@ -136,10 +138,12 @@ class _Evaluation:
             arrays[:consts], arrays[consts : consts + carried], arrays[consts + carried :]
         )  # fmt: skip
 
-        def step(state: Any, row: Any) -> Any:
+        def step(state: Any, xs: Any) -> Any:
             trip, carry = state
             inner = _Evaluation(jnp.roll(self.noise, _STRIDE * (trip + 1)), self.operands)
-            found = inner.run(body, [_Value(x, True) for x in (*fixed, *carry, *row)])
+            found = inner.run(
+                body, [_Value(x, True) for x in (*fixed, *carry, *xs)], self.within(at, 0, eqn)
+            )
             results = [v.array for v in found]
             return (trip + 1, results[:carried]), results[carried:]
 
@@ -189,4 +193,6 @@ def _terms(eqn: Any) -> int | None:
     if name == compat.CONV:
         outputs = eqn.params["dimension_numbers"].rhs_spec[0]
         return math.prod(shapes[1]) // max(shapes[1][outputs], 1)
-    return math.prod(shapes[0]) if name in _SUMS else None
+    meaning = row(name)
+    sums = meaning.kind in ("reduce", "cumulative", "window") and not meaning.exact
+    return math.prod(shapes[0]) if sums else None
