@@ -1,8 +1,9 @@
 """Names of leaves, and rules on names: `a/b/kernel`, regular expressions, first match wins."""
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,16 @@ def refuse_twins(what: str, paths: Iterable[str]) -> None:
         if path in seen:
             raise ValueError(f"{what}: two leaves have the path {path!r}; rename one")
         seen.add(path)
+
+
+def unique(base: str, taken: Container[str]) -> str:
+    """`base`, or the first of `base#1`, `base#2`, ... that is not taken.
+
+    >>> unique("dense", {"dense", "dense#1"})
+    'dense#2'
+    """
+    numbered = itertools.chain([base], (f"{base}#{repeat}" for repeat in itertools.count(1)))
+    return next(name for name in numbered if name not in taken)
 
 
 def near_misses(name: str, candidates: Iterable[str], *, most: int = 3) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxcompress.core.packed import packed_bytes, unpack
+from jaxcompress.core.paths import unique
 from jaxcompress.cost import count, operations
 from jaxcompress.cost.basis import basis, outside
 from jaxcompress.cost.count import Stored
@@ -199,10 +200,7 @@ def _rows(seen: Analysis) -> list[_Row]:
 
 def _name(kernel: Kernel, taken: set[str]) -> str:
     base = "/".join(filter(None, (kernel.root.scope, kernel.root.primitive)))
-    name, repeat = base, 0
-    while name in taken:
-        repeat += 1
-        name = f"{base}#{repeat}"
+    name = unique(base, taken)
     taken.add(name)
     return name
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxcompress.core.paths import unique
 from jaxcompress.graph.axes_scopes import Scope
 from jaxcompress.graph.axes_shapes import Terms
 from jaxcompress.graph.axes_terms import Atom, Prod, Term, atoms, resolve, size
@@ -132,12 +133,7 @@ def names_of(members: Mapping[Atom, list[Member]], leaves: Mapping[str, Terms]) 
         matrices = [m for m in where if len(leaves[m.path]) > 1]
         outputs = [m for m in matrices if m.axis == len(leaves[m.path]) - 1]
         first = (outputs or matrices or where)[0]
-        base = f"{first.path}[{first.axis}]{first.part}"
-        name, repeat = base, 0
-        while name in named:
-            repeat += 1
-            name = f"{base}#{repeat}"
-        named[name] = atom
+        named[unique(f"{first.path}[{first.axis}]{first.part}", named)] = atom
     return named
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress.core.kernels import with_declared
 from jaxcompress.core.meshes import traced_anywhere
-from jaxcompress.core.paths import leaves_with_paths, refuse_twins
+from jaxcompress.core.paths import leaves_with_paths, refuse_twins, unique
 from jaxcompress.graph import compat, flow, macs
 from jaxcompress.graph.follow import Findings, Found, Place, follow
 from jaxcompress.graph.sites import Graph, Site, Tap, shape_dtype, size
@@ -168,10 +168,7 @@ def _base_name(item: Found, leaves: dict[str, jax.ShapeDtypeStruct]) -> str:
 
 
 def _unique(base: str, taken: set[str]) -> str:
-    name, repeat = base, 0
-    while name in taken:
-        repeat += 1
-        name = f"{base}#{repeat}"
+    name = unique(base, taken)
     taken.add(name)
     return name
 
