@@ -11,10 +11,11 @@ import operator
 from typing import Any
 
 import jax.extend.core as jec
+import jax.numpy as jnp
 from jax import lax
 
-DECLARED: dict[str, "dict[str, Any] | None"] = {}
-"""Name of a kernel -> parameters of the `dot_general` that it is, or None of any other."""
+DECLARED: dict[str, "dict[str, Any] | str"] = {}
+"""Name of a kernel -> its kind, or parameters of the `dot_general` that it is."""
 
 
 class _Kernel(jec.Primitive):
@@ -30,6 +31,37 @@ class _Kernel(jec.Primitive):
         """The kernel, whose parameters are its own."""
         del params
         return self.original.bind(*args, **self.params)
+
+
+class _Elementwise(_Kernel):
+    """A kernel that works index by index: on smaller arrays too, which are padded."""
+
+    def bind(self, *args: Any, **params: Any) -> Any:
+        """The kernel; of operands that are smaller than it was traced for, the part asked for."""
+        del params
+        given = [jnp.shape(x) for x in args]
+        if given == self.shapes:
+            return super().bind(*args)
+        fits = [
+            not small or (len(small) == len(large) and all(map(operator.le, small, large)))
+            for small, large in zip(given, self.shapes, strict=True)
+        ]
+        if not all(fits):
+            raise ValueError(
+                f"kernel {self.name!r} was traced for the shapes {self.shapes}, it cannot work on "
+                f"{given}: trace the network at the larger shapes"
+            )
+        whole = [_filled(x, shape) for x, shape in zip(args, self.shapes, strict=True)]
+        results = super().bind(*whole)
+        largest = max(given, key=len)
+        cut = lambda y: y[tuple(slice(n) for n in largest)] if largest else y.reshape(-1)[0]
+        return [cut(y) for y in results] if self.multiple_results else cut(results)
+
+
+def _filled(x: Any, shape: tuple[int, ...]) -> Any:
+    if not jnp.shape(x):
+        return jnp.broadcast_to(x, shape)
+    return jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
 
 
 class _Product(_Kernel):
@@ -72,12 +104,13 @@ def _equation(eqn: Any, seen: dict[int, Any]) -> Any:
     name = name_of(eqn)
     if name in DECLARED and not isinstance(eqn.primitive, _Kernel):
         product = DECLARED[name]
-        if product is not None:
+        if not isinstance(product, str):
             dtype = eqn.outvars[0].aval.dtype
             params = {**product, "preferred_element_type": dtype}
             return eqn.replace(primitive=_Product("dot_general", eqn), params=params)
         if name != eqn.primitive.name:
-            return eqn.replace(primitive=_Kernel(name, eqn))
+            maps = product in ("elementwise", "compare")
+            return eqn.replace(primitive=(_Elementwise if maps else _Kernel)(name, eqn))
     if eqn.primitive.name == "pallas_call":
         return eqn
     params = {key: _value(x, seen) for key, x in eqn.params.items()}

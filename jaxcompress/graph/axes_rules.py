@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxcompress.graph import compat
-from jaxcompress.graph.axes_shapes import SHAPES, Rule, Terms, each, shape, unknown
+from jaxcompress.graph.axes_shapes import (
+    INDEXED,
+    Rule,
+    Terms,
+    counted,
+    each,
+    moving,
+    shape,
+    unknown,
+    window,
+)
 from jaxcompress.graph.axes_terms import (
     Term,
     atoms,
@@ -20,22 +30,8 @@ from jaxcompress.graph.axes_terms import (
     size,
     unify,
 )
+from jaxcompress.graph.primitives import row
 from jaxcompress.graph.products import numbers_of
-
-UNARY = frozenset(
-    """abs acos acosh asin asinh atan atanh cbrt ceil clz conj convert_element_type copy copy_p cos
-    cosh digamma erf erf_inv erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p
-    logistic neg not optimization_barrier population_count real reduce_precision round rsqrt sign
-    sin sinh sqrt square stop_gradient tan tanh name pvary device_put""".split()
-)
-NARY = frozenset(
-    """add add_any and atan2 clamp complex div eq eq_to ge gt le le_to lt lt_to max min mul ne
-    nextafter or pow rem select_n shift_left shift_right_arithmetic shift_right_logical sub
-    xor""".split()
-)
-REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split()
-)
 
 
 def joined(eqn: Any, terms: Sequence[Terms], out: Sequence[int]) -> Terms:
@@ -66,10 +62,6 @@ def _settle(term: Term) -> None:
     # Programs that sum over the batch divide by its size, a number: it cannot be another one.
     for atom in atoms(term):
         atom.rigid = True
-
-
-def _arg_reduce(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    return _along(eqn, terms, eqn.params["axes"], drop=True)
 
 
 def _along(
@@ -136,20 +128,38 @@ def _conv(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
     return [result]
 
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(UNARY, each),
-    **dict.fromkeys(NARY, _elementwise),
-    **dict.fromkeys(REDUCTIONS, _reduce),
-    **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
-    **dict.fromkeys(
-        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
-        lambda eqn, terms: _along(eqn, terms, [eqn.params["axis"]]),
-    ),
-    **SHAPES,
-    compat.CONV: _conv,
-    compat.DOT: _dot,
-    compat.RAGGED: _ragged,
-    "rev": lambda eqn, terms: _along(eqn, terms, eqn.params["dimensions"]),
-    "sort": lambda eqn, terms: _along(eqn, terms, [eqn.params["dimension"]]),
-    "top_k": lambda eqn, terms: _along(eqn, terms, [eqn.params.get("axis", -1)]),
+def _elementwise_or_bits(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+    if len(terms) > 1:
+        return _elementwise(eqn, terms)
+    # Bits of numbers of another width have another shape.
+    same = shape(eqn.invars[0]) == shape(eqn.outvars[0])
+    return each(eqn, terms) if same else unknown(eqn, terms)
+
+
+def _reduction(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+    arg = row(eqn.primitive.name).neutral is None
+    return _along(eqn, terms, eqn.params["axes"], drop=True) if arg else _reduce(eqn, terms)
+
+
+def _in_order(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+    along = eqn.params.get("axis", eqn.params.get("dimension", -1))
+    return _along(eqn, terms, [along])
+
+
+_KINDS: dict[str, Rule] = {
+    "identity": each,
+    "move": moving,
+    "constant": counted,
+    "elementwise": _elementwise_or_bits,
+    "compare": _elementwise,
+    "reduce": _reduction,
+    "cumulative": _in_order,
+    "sort": _in_order,
+    "window": window,
 }
+_CONTRACTIONS: dict[str, Rule] = {compat.CONV: _conv, compat.DOT: _dot, compat.RAGGED: _ragged}
+
+
+def rule_of(name: str) -> Rule | None:
+    """The rule of a primitive; None: whatever it touches is frozen."""
+    return _KINDS.get(row(name).kind) or (INDEXED | _CONTRACTIONS).get(name)

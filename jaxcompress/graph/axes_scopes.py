@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.graph import compat
-from jaxcompress.graph.axes_rules import RULES
+from jaxcompress.graph.axes_rules import rule_of
 from jaxcompress.graph.axes_shapes import Terms, shape, unknown
 from jaxcompress.graph.axes_terms import Atom, Term, atoms, fresh, frozen, unify
 from jaxcompress.graph.interpret import Domain
@@ -84,7 +84,7 @@ class Follower(Domain):
     def equation(self, eqn: Any, values: list[Terms], at: Any) -> Sequence[Terms]:
         """By the rule of its primitive."""
         del at
-        rule = RULES.get(eqn.primitive.name)
+        rule = rule_of(eqn.primitive.name)
         if rule is None:
             self.unknown[eqn.primitive.name] = None
         outs = (rule or unknown)(eqn, values)

@@ -1,13 +1,14 @@
-"""What primitives that move, cut or join axes make of them.
+"""What becomes of axes where elements move.
 
 A rule takes an equation and the terms of its operands, ties those that belong together, and gives
-the terms of the results.
+the terms of the results. Of primitives that only move elements each step has a rule.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxcompress.graph.axes_terms import Term, freeze, fresh, frozen, product, size, total, unify
+from jaxcompress.graph.primitives import Pad, Permute, Regroup, Spread, Take, moved
 
 Terms = list[Term]  # of one value, axis by axis
 Rule = Callable[[Any, Sequence[Terms]], list[Terms]]
@@ -31,8 +32,11 @@ def each(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
     return [list(operand) for operand in terms]
 
 
-def _window(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+def window(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+    """Axes over which a window slides are frozen."""
     p = eqn.params
+    if "window_dimensions" not in p or len(terms) != 1:
+        return unknown(eqn, terms)
     result: Terms = []
     for axis, n in enumerate(shape(eqn.outvars[0])):
         plain = p["window_dimensions"][axis] == p["window_strides"][axis] == 1
@@ -46,89 +50,96 @@ def _window(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
     return [result]
 
 
-def _broadcast(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    out = shape(eqn.outvars[0])
-    result = [fresh(n) for n in out]
-    for axis, at in enumerate(eqn.params["broadcast_dimensions"]):
-        if size(terms[0][axis]) == out[at]:
-            result[at] = terms[0][axis]
-    return [result]
-
-
-def _iota(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+def counted(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+    """Results without operands; the axis along which one counts is frozen."""
     del terms
-    along, out = eqn.params["dimension"], shape(eqn.outvars[0])
-    return [[frozen(n, "iota counts it") if a == along else fresh(n) for a, n in enumerate(out)]]
+    along = eqn.params.get("dimension")
+    return [
+        [frozen(n, "iota counts it") if a == along else fresh(n) for a, n in enumerate(shape(v))]
+        for v in eqn.outvars
+    ]
 
 
-def _squeeze(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    gone = eqn.params["dimensions"]
-    return [[t for axis, t in enumerate(terms[0]) if axis not in gone]]
-
-
-def _transpose(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    return [[terms[0][axis] for axis in eqn.params["permutation"]]]
-
-
-def _reshape(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    if eqn.params.get("dimensions") is not None:
+def moving(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+    """What only moves elements, step by step."""
+    found = moved(eqn)
+    if found is None:
         return unknown(eqn, terms)
-    result = [fresh(n) for n in shape(eqn.outvars[0])]
-    unify(product(result), product(terms[0]))
-    return [result]
+    results = []
+    for result in found:
+        parts = []
+        for k in result.operands:
+            part = list(terms[k])
+            for step in result.steps:
+                part = _STEPS[type(step)](part, step)
+            parts.append(part)
+        results.append(parts[0] if result.axis is None else _joined(parts, result.axis))
+    return results
 
 
-def _concatenate(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    along = eqn.params["dimension"]
-    result = list(terms[0])
-    for operand in terms[1:]:
-        result = [t if a == along else unify(t, operand[a]) for a, t in enumerate(result)]
-    result[along] = total(operand[along] for operand in terms)
-    return [result]
-
-
-def _pieces(term: Term, sizes: Sequence[int]) -> Terms:
-    # The axis cut into pieces of the given sizes.
-    parts = [fresh(n) for n in sizes]
-    unify(total(parts), term)
-    return parts
-
-
-def _split(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    along, result = eqn.params["axis"], []
-    for piece in _pieces(terms[0][along], eqn.params["sizes"]):
-        result.append([piece if a == along else t for a, t in enumerate(terms[0])])
+def _regroup(terms: Terms, step: Regroup) -> Terms:
+    left = [term for term in terms if size(term) != 1]
+    if [size(term) for term in left] == [n for n in step.sizes if n != 1]:
+        # Only axes of size 1 come and go.
+        rest = iter(left)
+        return [fresh(1) if n == 1 else next(rest) for n in step.sizes]
+    result = [fresh(n) for n in step.sizes]
+    unify(product(result), product(terms))
     return result
 
 
-def _slice(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    p, result = eqn.params, []
-    strides = p["strides"] or (1,) * len(terms[0])
-    for term, start, limit, stride in zip(
-        terms[0], p["start_indices"], p["limit_indices"], strides, strict=True
-    ):
+def _spread(terms: Terms, step: Spread) -> Terms:
+    result = [fresh(n) for n in step.sizes]
+    for term, at in zip(terms, step.axes, strict=True):
+        if size(term) == step.sizes[at]:
+            result[at] = term
+    return result
+
+
+def _joined(parts: Sequence[Terms], along: int) -> Terms:
+    result = list(parts[0])
+    for part in parts[1:]:
+        result = [t if a == along else unify(t, part[a]) for a, t in enumerate(result)]
+    result[along] = total(part[along] for part in parts)
+    return result
+
+
+def _taken(terms: Terms, step: Take) -> Terms:
+    result = []
+    for term, (start, stop, stride) in zip(terms, step.bounds, strict=True):
         n = size(term)
         if stride != 1:
-            freeze(term, "a slice with strides")
-            result.append(frozen(len(range(start, limit, stride)), "a slice with strides"))
-        elif (start, limit) == (0, n):
+            why = "rev along the axis" if stride < 0 else "a slice with strides"
+            freeze(term, why)
+            result.append(frozen(n if stride < 0 else len(range(start, stop, stride)), why))
+        elif (start, stop) == (0, n):
             result.append(term)
         else:
-            result.append(_pieces(term, (start, limit - start, n - limit))[1])
-    return [result]
+            parts = [fresh(m) for m in (start, stop - start, n - stop)]
+            unify(total(parts), term)
+            result.append(parts[1])
+    return result
 
 
-def _pad(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
+def _padded(terms: Terms, step: Pad) -> Terms:
     result: Terms = []
-    out = shape(eqn.outvars[0])
-    for axis, (low, high, interior) in enumerate(eqn.params["padding_config"]):
-        term = terms[0][axis]
+    out = step.shape(tuple(map(size, terms)))
+    for term, n, (low, high, interior) in zip(terms, out, step.config, strict=True):
         if interior or low < 0 or high < 0:
             freeze(term, "padding that cuts or spreads")
-            result.append(frozen(out[axis], "padding that cuts or spreads"))
+            result.append(frozen(n, "padding that cuts or spreads"))
         else:
             result.append(total([fresh(low), term, fresh(high)]) if low or high else term)
-    return [result]
+    return result
+
+
+_STEPS: dict[type, Callable[[Terms, Any], Terms]] = {
+    Permute: lambda terms, step: [terms[axis] for axis in step.order],
+    Regroup: _regroup,
+    Spread: _spread,
+    Take: _taken,
+    Pad: _padded,
+}
 
 
 def _gather(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
@@ -170,24 +181,9 @@ def _dynamic_update(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
     return [list(terms[0])]
 
 
-def _bitcast(eqn: Any, terms: Sequence[Terms]) -> list[Terms]:
-    same = shape(eqn.invars[0]) == shape(eqn.outvars[0])
-    return each(eqn, terms) if same else unknown(eqn, terms)
-
-
-SHAPES: dict[str, Rule] = {
-    **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _window),
-    "bitcast_convert_type": _bitcast,
-    "broadcast_in_dim": _broadcast,
-    "concatenate": _concatenate,
+INDEXED: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update,
     "gather": _gather,
-    "iota": _iota,
-    "pad": _pad,
-    "reshape": _reshape,
-    "slice": _slice,
-    "split": _split,
-    "squeeze": _squeeze,
-    "transpose": _transpose,
 }
+"""Those whose operands say where elements go."""

@@ -1,5 +1,6 @@
 """What results of a primitive are where masks make its operands a number; else they are unknown."""
 
+import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -7,19 +8,12 @@ from typing import Any, NamedTuple
 
 from jaxcompress.graph import compat
 from jaxcompress.graph.axes_constants import Constant, Known, Place, combined, joined, times
-from jaxcompress.graph.axes_rules import NARY, UNARY
 from jaxcompress.graph.axes_scopes import Step
-from jaxcompress.graph.axes_shapes import Terms
+from jaxcompress.graph.axes_shapes import Terms, shape
 from jaxcompress.graph.axes_terms import Atom, atoms, size
+from jaxcompress.graph.primitives import Pad, Spread, moved, row
 from jaxcompress.graph.products import numbers_of
 
-ADD = frozenset({"add", "add_any", "sub"})
-PASS = frozenset("copy copy_p name optimization_barrier pvary stop_gradient device_put".split())
-SHAPES = frozenset(
-    """reshape squeeze transpose slice split gather dynamic_slice rev sort cumsum cumprod cummax
-    cummin reduce_window_sum reduce_window_max reduce_window_min concatenate
-    dynamic_update_slice""".split()
-)
 ZERO = Constant(0)
 
 
@@ -105,18 +99,31 @@ class Given(NamedTuple):
 
 def results_of(given: Given) -> list[Value]:
     """The results of an equation without contractions, reductions and calls."""
-    name, outs = given.step.eqn.primitive.name, given.step.outs
-    if name in PASS:
+    eqn, outs = given.step.eqn, given.step.outs
+    meaning = row(eqn.primitive.name)
+    if meaning.kind == "identity":
         return [Value(value.at) for value in given.values]
-    if name in UNARY or name in NARY:
+    bits = len(eqn.invars) == 1 and shape(eqn.invars[0]) != shape(eqn.outvars[0])
+    if meaning.elementwise and not bits:
         return [_elementwise(given)]
-    if name == "broadcast_in_dim":
-        return [_broadcast(given)]
-    if name == "pad":
-        return [_pad(given)]
-    if name in SHAPES:
-        return [_moved(given)] * len(outs)
-    return [_undefined(given, out) for out in outs]
+    if meaning.kind == "index":
+        return [_indexed(given, out) for out in outs]
+    if meaning.kind == "move":
+        (steps, *_) = [result.steps for result in moved(eqn) or []]
+        if any(isinstance(step, Pad) for step in steps):
+            return [_pad(given)]
+        if any(isinstance(step, Spread) for step in steps):
+            return [_spread(given)]
+    if meaning.stays == "undefined":
+        return [_undefined(given, out) for out in outs]
+    return [_moved(given, meaning.stays)] * len(outs)
+
+
+def _adds(eqn: Any) -> bool:
+    # add, sub and the like
+    meaning = row(eqn.primitive.name)
+    two = meaning.kind == "elementwise" and len(eqn.invars) == 2
+    return two and meaning.linear and meaning.degree == 1
 
 
 def _elementwise(given: Given) -> Value:
@@ -131,7 +138,7 @@ def _elementwise(given: Given) -> Value:
             known.append(c or value.at.get(marks.everywhere))
             if known[-1] is None and here and marks.follows in value.flags:
                 spare.append(i)
-        if spare and eqn.primitive.name in ADD and all(c is None or c.zero for c in known):
+        if spare and _adds(eqn) and all(c is None or c.zero for c in known):
             # What goes with its channel counts as masked where it is added to a zero.
             known = [ZERO if i in spare else c for i, c in enumerate(known)]
         return combined(eqn, known, scope)
@@ -150,18 +157,21 @@ def _joined(given: Given, operands: Iterable[int], *, silent: bool) -> Value:
     return given.marks.value(found, every)
 
 
-def _moved(given: Given) -> Value:
-    name, n = given.step.eqn.primitive.name, len(given.step.ins)
-    if name in ("gather", "dynamic_slice"):
-        return _joined(given, range(1), silent=True)
+def _moved(given: Given, stays: str) -> Value:
+    value = _joined(given, range(len(given.step.ins)), silent=True)
+    if stays == "any":
+        return value
+    keep = _STAYS[stays]
+    return Value({atom: c for atom, c in value.at.items() if c.undefined or keep(given, c)})
+
+
+def _indexed(given: Given, out: Terms) -> Value:
+    name = given.step.eqn.primitive.name
     if name == "dynamic_update_slice":
         return _joined(given, range(2), silent=False)
-    value = _joined(given, range(n), silent=True)
-    stays = _STAYS.get(name)
-    if stays is None:
-        return value
-    kept = {atom: c for atom, c in value.at.items() if c.undefined or stays(given, c)}
-    return Value(kept)
+    if len(given.step.ins[0]) and row(name).stays == "any" and name != "scatter":
+        return _joined(given, range(1), silent=True)
+    return _undefined(given, out)
 
 
 def _covered(given: Given, c: Constant) -> bool:
@@ -174,24 +184,29 @@ def _covered(given: Given, c: Constant) -> bool:
 
 
 _STAYS: dict[str, Callable[[Given, Constant], bool]] = {
-    "cumsum": lambda given, c: c.zero,
-    "cumprod": lambda given, c: c.value in (0, 1),
-    "reduce_window_sum": lambda given, c: c.zero,
-    "reduce_window_max": _covered,
-    "reduce_window_min": _covered,
+    "zero": lambda given, c: c.zero,
+    "unit": lambda given, c: c.value in (0, 1),
+    "covered": _covered,
 }
 
 
-def _broadcast(given: Given) -> Value:
+def _spread(given: Given) -> Value:
     (value, *_), (terms, *_), out = given.values, given.step.ins, given.step.outs[0]
     if given.marks.everywhere in value.at:
         return Value(value.at)
-    kept = given.step.eqn.params["broadcast_dimensions"]
-    new = within([t for axis, t in enumerate(out) if axis not in kept])
-    inside = within(terms)
+    # An atom that is repeated along itself too says nothing of the copies.
+    before, after = _times(terms), _times(out)
     return Value(
-        {a: c for a, c in value.at.items() if a in inside and (a not in new or c.undefined)}
+        {
+            a: c
+            for a, c in value.at.items()
+            if a in before and (c.undefined or after.get(a, 0) <= before[a])
+        }
     )
+
+
+def _times(terms: Terms) -> collections.Counter[Atom]:
+    return collections.Counter(atom for term in terms for atom in atoms(term))
 
 
 def _pad(given: Given) -> Value:
@@ -262,10 +277,10 @@ def flags_of(given: Given) -> list[frozenset[Atom]]:
     if name not in compat.CONTRACTIONS and named:
         if all(marks.follows in value.flags for value in named):
             return [frozenset({marks.follows})] * len(step.outs)
-    if name in PASS:
+    if row(name).kind == "identity":
         return [value.flags & carried for value in values]
     kept: frozenset[Atom] = frozenset()
-    if name in ADD:
+    if _adds(step.eqn):
         same = [tuple(map(size, terms)) == tuple(map(size, step.outs[0])) for terms in step.ins]
         if same[0] and values[1].zero(marks.everywhere):
             kept |= values[0].flags & carried

@@ -14,7 +14,6 @@ from typing import Any
 
 from jaxcompress.graph import compat
 from jaxcompress.graph.axes_constants import Constant, Known, joined, times
-from jaxcompress.graph.axes_rules import REDUCTIONS
 from jaxcompress.graph.axes_scopes import Scope
 from jaxcompress.graph.axes_shapes import shape
 from jaxcompress.graph.axes_terms import Atom, atoms
@@ -31,18 +30,8 @@ from jaxcompress.graph.axes_zero_rules import (
     within,
 )
 from jaxcompress.graph.interpret import Domain
+from jaxcompress.graph.primitives import row
 from jaxcompress.graph.products import numbers_of
-
-# What a reduction does not see.
-NEUTRAL = {
-    "reduce_sum": 0,
-    "reduce_prod": 1,
-    "reduce_max": -math.inf,
-    "reduce_min": math.inf,
-    "reduce_and": True,
-    "reduce_or": False,
-    "reduce_xor": 0,
-}
 
 
 class Zeroes(Domain):
@@ -94,7 +83,8 @@ class Zeroes(Domain):
         elif name == compat.CONV:
             results = self._conv(given)
         else:
-            results = self._reduce(given) if name in REDUCTIONS else results_of(given)
+            summed = row(name).neutral is not None
+            results = self._reduce(given) if summed else results_of(given)
         pairs = zip(results, flags_of(given), strict=True)
         return [Value(result.at, flags) for result, flags in pairs]
 
@@ -105,7 +95,7 @@ class Zeroes(Domain):
         for axis in axes:
             for atom in self.marks.every.intersection(atoms(step.ins[0][axis])):
                 c = self.marks.of(value, step.ins[0], atom)
-                if c is None or c.value != NEUTRAL[name]:
+                if c is None or c.value != row(name).neutral:
                     self._blame(atom, name, c)
                 elif name == "reduce_sum":
                     self.sums.setdefault(atom, "a sum over the axis: a mean divides as before")
@@ -119,7 +109,7 @@ class Zeroes(Domain):
     def _blame(self, atom: Atom, name: str, c: Known) -> None:
         if c is not None and c.why:
             why = f"{name} over values that a mask makes infinite or NaN: {c.why}"
-        elif name == "reduce_sum" or name not in NEUTRAL:
+        elif name == "reduce_sum" or row(name).neutral is None:
             why = f"{name} over values that a mask leaves"
         else:
             why = f"{name} sees the masked zeros"
@@ -187,7 +177,7 @@ class Zeroes(Domain):
 
 def _reduced(name: str, c: Constant, count: int) -> Known:
     # The reduction of equal numbers.
-    if c.undefined or name in ("reduce_max", "reduce_min", "reduce_and", "reduce_or"):
+    if c.undefined or (row(name).exact and name != "reduce_xor"):
         return c
     if name == "reduce_sum":
         return c._replace(value=c.value * count)

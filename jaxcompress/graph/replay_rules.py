@@ -91,6 +91,11 @@ def _broadcast(cut: Cut, p: dict[str, Any]) -> dict[str, Any]:
     return {"shape": cut.shape()}
 
 
+def _tile(cut: Cut, p: dict[str, Any]) -> dict[str, Any]:
+    sizes = zip(cut.shape(), cut.values[0].shape, p["reps"], strict=True)
+    return {"reps": tuple(n // m if m else reps for n, m, reps in sizes)}
+
+
 RESIZE: dict[str, Callable[[Cut, dict[str, Any]], dict[str, Any]]] = {
     "broadcast_in_dim": _broadcast,
     compat.CONV: _conv,
@@ -101,6 +106,7 @@ RESIZE: dict[str, Callable[[Cut, dict[str, Any]], dict[str, Any]]] = {
     "reshape": lambda cut, p: {"new_sizes": cut.shape()},
     "slice": _slice,
     "split": _split,
+    "tile": _tile,
 }
 
 

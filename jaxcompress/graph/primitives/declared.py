@@ -87,7 +87,7 @@ def declare(
     old = row(name)
     if name not in DECLARED and old.work != "?" and old != new:
         raise ValueError(f"declare({name!r}): JAX has a primitive of this name, {old.kind}")
-    product = None if contracts is None else _dot_general(contracts, batch)
+    product = new.kind if contracts is None else _dot_general(contracts, batch)
     if name in DECLARED and (DECLARED[name] != product or old != new):
         raise ValueError(f"declare({name!r}): it was declared as something else, {old.kind}")
     add(name, new)
