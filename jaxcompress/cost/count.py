@@ -19,6 +19,7 @@ from jaxcompress.cost.types import ActivationTypes
 from jaxcompress.formats import row_bytes
 from jaxcompress.graph import Site, compat
 from jaxcompress.graph.inline import Op
+from jaxcompress.graph.primitives import row
 from jaxcompress.graph.products import numbers_at
 from jaxcompress.graph.sites import size
 
@@ -227,8 +228,9 @@ def light_load(
     )
 
 
-_LOOKUPS = ("gather", "dynamic_slice")
-_UPDATES = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2}
+def _looks_up(op: Op) -> bool:
+    meaning = row(op.primitive)
+    return meaning.kind == "index" and not meaning.update
 
 
 def moved_bytes(kernel: Kernel, types: ActivationTypes) -> int:
@@ -238,10 +240,10 @@ def moved_bytes(kernel: Kernel, types: ActivationTypes) -> int:
     """
     elements: dict[int, int] = {}
     for op in kernel.ops:
-        if op.primitive in _LOOKUPS and op.operands[0] is not None:
+        if _looks_up(op) and op.operands[0] is not None:
             elements[op.operands[0]] = sum(size(v.aval) for v in op.eqn.outvars)
-        if op.primitive in _UPDATES:
-            changed = size(op.eqn.invars[_UPDATES[op.primitive]].aval)
+        if number := row(op.primitive).update:
+            changed = size(op.eqn.invars[number].aval)
             elements.update(dict.fromkeys(op.outputs, changed))
             if op.operands[0] is not None:
                 elements[op.operands[0]] = 0
@@ -256,7 +258,7 @@ def _parameter_bytes(op: Op, types: ActivationTypes, lookup: Callable[[str], Sto
             continue
         leaf = max((lookup(path) for path in origin.params), key=lambda leaf: leaf.size)
         part = min(origin.extent, leaf.size)
-        if op.primitive in _LOOKUPS and i == 0:
+        if _looks_up(op) and i == 0:
             part = min(part, sum(size(v.aval) for v in op.eqn.outvars))
         read += leaf.bytes * part / max(leaf.size, 1)
     return read

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jaxcompress.cost import operations
-from jaxcompress.graph import compat
+from jaxcompress.cost.operations import is_light
 from jaxcompress.graph.inline import END, LOOP, Inlined, Op, carried
+from jaxcompress.graph.primitives import row
 
 FUSIONS = ("none", "loops", "activation", "elementwise", "layer")
 """How much a runtime joins to one kernel.
@@ -17,10 +18,13 @@ elementwise: also where several are (residual additions), and slices and pads jo
 layer: also reductions (softmax, normalization, pooling).
 """
 
-_CONTRACTIONS = tuple(compat.CONTRACTIONS)
-_MOVES = operations.MOVES | operations.VIEWS | operations.CASTS
-_LIGHT = operations.ELEMENTWISE | _MOVES
-_INDEXED = ("gather", "dynamic_slice", "scatter", "scatter-add", "dynamic_update_slice")
+
+def _contracts(op: Op) -> bool:
+    return row(op.primitive).kind == "contract"
+
+
+def _stands_alone(op: Op) -> bool:
+    return op.primitive in (LOOP, END) or row(op.primitive).kind in ("contract", "index")
 
 
 @dataclass
@@ -45,23 +49,18 @@ class Kernel:
     @property
     def root(self) -> Op:
         """The operation that it is named after: the contraction, else the heaviest kind."""
-        order = sorted(self.ops, key=lambda op: (op.primitive not in _CONTRACTIONS, is_light(op)))
+        order = sorted(self.ops, key=lambda op: (not _contracts(op), is_light(op)))
         return order[0]
 
     @property
     def contraction(self) -> Op | None:
         """Its contraction."""
-        return self.root if self.root.primitive in _CONTRACTIONS else None
+        return self.root if _contracts(self.root) else None
 
     @property
     def times(self) -> int:
         """How often it runs."""
         return self.ops[0].times
-
-
-def is_light(op: Op) -> bool:
-    """Whether it works element by element, or only moves elements."""
-    return op.primitive in _LIGHT
 
 
 def kernels(program: Inlined, *, fusion: str) -> list[Kernel]:
@@ -96,7 +95,7 @@ def _joins(fusion: str) -> Callable[[Op], bool]:
     if fusion == "none":
         return operations.is_view
     if fusion == "layer":
-        return lambda op: op.primitive not in (*_CONTRACTIONS, *_INDEXED, LOOP, END)
+        return lambda op: not _stands_alone(op)
     return is_light
 
 
@@ -120,7 +119,7 @@ def _joined(program: Inlined, live: Sequence[Op], fusion: str) -> list[list[Op]]
         if alone:
             latest = len(regions)
             regions.append(op.region if op.primitive not in (LOOP, END) else None)
-            if op.primitive in _CONTRACTIONS:
+            if _contracts(op):
                 contracted.add(latest)
         group_of.append(latest)
         producer.update(dict.fromkeys(op.outputs, latest))
@@ -138,11 +137,7 @@ def _defer(
     # A light operation that is read by nothing but light operations (or reductions) of one later
     # kernel of the same loop runs there: its result need not be stored. In front of a contraction
     # only moves do, since arithmetic belongs to the kernel whose result it finishes.
-    heavy = {
-        group
-        for op, group in zip(live, group_of, strict=True)
-        if op.primitive in (*_CONTRACTIONS, *_INDEXED, LOOP, END)
-    }
+    heavy = {group for op, group in zip(live, group_of, strict=True) if _stands_alone(op)}
     results = set(program.outputs)
     for i in reversed(range(len(live))):
         op = live[i]
@@ -152,10 +147,10 @@ def _defer(
             continue
         (target,) = targets
         same_loop = all(live[j].region == op.region for j in readers)
-        contracted = any(live[j].primitive in _CONTRACTIONS for j in readers)
+        contracted = any(_contracts(live[j]) for j in readers)
         if target == group_of[i] or not same_loop or contracted:
             continue
-        if op.primitive in _MOVES or not {target, group_of[i]} & heavy:
+        if operations.is_move(op) or not {target, group_of[i]} & heavy:
             group_of[i] = target
 
 
@@ -210,4 +205,4 @@ def _in_place(program: Inlined, kernel: Kernel, same: dict[int, int]) -> Iterato
 
 
 def _one_for_one(op: Op) -> bool:
-    return operations.is_view(op) or (is_light(op) and op.primitive not in operations.MOVES)
+    return operations.is_view(op) or (is_light(op) and not operations.moves(op))

@@ -1,14 +1,14 @@
 """What one operation computes: a rule for every primitive, or the admission that there is none."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcompress.graph import compat
 from jaxcompress.graph.inline import END, LOOP, Op
 from jaxcompress.graph.macs import count
+from jaxcompress.graph.primitives import Pad, Regroup, Spread, Take, moved, row
 from jaxcompress.graph.sites import size
 
 
@@ -53,58 +53,10 @@ def total(works: Iterable[Work]) -> Work:
     return result
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-VIEWS = _names(
-    "reshape squeeze expand_dims bitcast_convert_type copy_p stop_gradient sharding_constraint "
-    "optimization_barrier mesh_cast layout_constraint pvary pcast name"
-)
-"""Nothing moves and nothing is computed."""
-MOVES = _names(
-    "broadcast_in_dim transpose rev slice pad concatenate split copy dynamic_slice tile iota empty "
-    "empty2 dynamic_update_slice"
-)
-"""Elements move, nothing is computed."""
-CASTS = _names("convert_element_type reduce_precision")
-_ONE_EACH = _names(
-    "add add_any sub mul div rem neg abs sign max min and or xor not eq ne lt le gt ge select_n "
-    "clamp round floor ceil is_finite square shift_left shift_right_logical "
-    "shift_right_arithmetic nextafter eq_to le_to lt_to population_count clz real imag conj "
-    "complex"
-)
-_TRANSCENDENTAL = _names(
-    "exp exp2 expm1 log log1p log_plus_one tanh logistic sin cos tan asin acos atan sinh cosh "
-    "asinh acosh atanh atan2 erf erf_inv erfc lgamma digamma bessel_i0e bessel_i1e igamma igammac "
-    "sqrt rsqrt cbrt pow polygamma zeta regularized_incomplete_beta"
-)
-ELEMENTWISE = _ONE_EACH | _TRANSCENDENTAL | CASTS | _names("integer_pow iota")
-"""Primitives that work element by element."""
-_REDUCE = _names(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"
-)
-_WINDOW = _names(
-    "reduce_window reduce_window_sum reduce_window_max reduce_window_min reduce_window_prod "
-    "select_and_scatter_add select_and_gather_add select_and_scatter"
-)
-_CUMULATIVE = _names("cumsum cumprod cummax cummin cumlogsumexp")
-_SCATTER = _names(
-    "scatter scatter-add scatter_add scatter-mul scatter_mul scatter-min scatter_min scatter-max "
-    "scatter_max scatter-sub scatter_sub"
-)
 # Integer operations per 32-bit word of a counter-based generator (Threefry: 20 rounds of add,
 # rotate, xor, for two words).
 _RANDOM_OPS = 50
-_RANDOM = _names(
-    "random_bits random_seed random_fold_in random_split threefry2x32 rng_bit_generator rng_uniform"
-)
-_FREE = _names(
-    "random_wrap random_unwrap random_clone create_token after_all gather device_put "
-    "debug_callback debug_print psum psum_invariant psum_scatter all_gather all_gather_invariant "
-    "all_to_all ppermute reduce_scatter pmax pmin axis_index"
-)
-_RULED = {LOOP, END}
+_SLICES = ("dynamic_slice", "dynamic_update_slice")
 
 
 def work(op: Op) -> Work | None:
@@ -116,34 +68,53 @@ def work(op: Op) -> Work | None:
     textbook figures (Cholesky n^3 / 3), random numbers 50 per word. Operations on complex numbers
     count as those on their parts: a product 6, a multiply-accumulate 4, others 2.
     """
-    name = op.primitive
     out = max((size(v.aval) for v in op.eqn.outvars), default=0)
-    if name in compat.CONTRACTIONS:
-        macs = count(op.eqn)
-        return Work(macs.dense, macs.valid)
-    if name in VIEWS or name in MOVES or name in _FREE or name in _RULED or name in CASTS:
+    if op.primitive in (LOOP, END):
         return Work()
-    if name in _TRANSCENDENTAL:
-        return Work(transcendentals=out)
-    if name in _ONE_EACH:
-        return Work(elementwise=out * _parts(op))
-    if name == "integer_pow":
-        return Work(elementwise=out * _multiplications(op.eqn.params["y"]))
-    ruled = _RULES.get(name)
-    return None if ruled is None else Work(*ruled(op.eqn, out))
-
-
-def _parts(op: Op) -> int:
-    if not jnp.issubdtype(op.eqn.outvars[0].aval.dtype, jnp.complexfloating):
-        return 1
-    return 6 if op.primitive in ("mul", "div") else 2
+    rule = _RULES.get(row(op.primitive).work)
+    if rule is None:
+        return None
+    return Work(*rule(op.eqn, out))
 
 
 def is_view(op: Op) -> bool:
     """Whether the result is the operand under another shape: a slice of all, a pad by nothing."""
-    if op.primitive in ("slice", "pad", "broadcast_in_dim"):
-        return op.eqn.invars[0].aval.shape == op.eqn.outvars[0].aval.shape
-    return op.primitive in VIEWS
+    meaning, eqn = row(op.primitive), op.eqn
+    if meaning.kind == "identity" or op.primitive == "bitcast_convert_type":
+        return op.primitive != "copy"
+    if meaning.kind != "move":
+        return False
+    (first, *_) = moved(eqn) or []
+    same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
+    return first.axis is None and all(
+        isinstance(step, Regroup)
+        or (same and isinstance(step, Spread | Pad))
+        or (same and isinstance(step, Take) and all(step.whole(eqn.invars[0].aval.shape)))
+        for step in first.steps
+    )
+
+
+def moves(op: Op) -> bool:
+    """Whether elements move and nothing is computed; numbers that stand still are views."""
+    kind, copied = row(op.primitive).kind, op.primitive in ("copy", *_SLICES)
+    return copied or kind == "constant" or (kind == "move" and not _regroups(op))
+
+
+def _regroups(op: Op) -> bool:
+    (first, *_) = moved(op.eqn) or []
+    return first.axis is None and all(isinstance(step, Regroup) for step in first.steps)
+
+
+def is_light(op: Op) -> bool:
+    """Whether it works element by element, or moves elements whose places are known."""
+    return row(op.primitive).elementwise or is_move(op)
+
+
+def is_move(op: Op) -> bool:
+    """Whether it computes nothing but casts."""
+    meaning = row(op.primitive)
+    cast = meaning.elementwise and meaning.work == ""
+    return cast or meaning.kind in ("move", "constant") or op.primitive in _SLICES
 
 
 def unruled(op: Op) -> Work:
@@ -155,6 +126,18 @@ def _multiplications(power: int) -> int:
     # By repeated squaring.
     n = abs(power)
     return max(n.bit_length() + bin(n).count("1") - 2, 0) + (power < 0)
+
+
+def _contracted(eqn: Any, out: int) -> tuple[int, int, int]:
+    del out
+    macs = count(eqn)
+    return macs.dense, macs.valid, 0
+
+
+def _one_each(eqn: Any, out: int) -> tuple[int, int, int]:
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating):
+        return 0, 0, out
+    return 0, 0, out * (6 if eqn.primitive.name in ("mul", "div") else 2)
 
 
 def _ins(eqn: Any) -> int:
@@ -219,25 +202,29 @@ def _factored(eqn: Any, out: int) -> tuple[int, int, int]:
     return 0, 0, round(math.prod(batch) * (a * m * n**2 + b * n**3))
 
 
-_RULES = {
-    **dict.fromkeys(_REDUCE, _reduced),
+_RULES: dict[str, Callable[[Any, int], tuple[int, ...]]] = {
+    "": lambda eqn, out: (0, 0, 0),
+    "one": _one_each,
+    "two": lambda eqn, out: (0, 0, 2 * out),
+    "transcendental": lambda eqn, out: (0, 0, 0, out),
+    "power": lambda eqn, out: (0, 0, out * _multiplications(eqn.params["y"])),
+    # a multiplication and an addition for each coefficient but the first
+    "polynomial": lambda eqn, out: (0, 0, 2 * out * (len(eqn.params["coefficients"]) - 1)),
+    "contract": _contracted,
     "reduce": _reduced,
-    **dict.fromkeys(_WINDOW, _windowed),
-    **dict.fromkeys(_CUMULATIVE, lambda eqn, out: (0, 0, out)),
-    **dict.fromkeys(_SCATTER, lambda eqn, out: (0, 0, size(eqn.invars[2].aval))),
-    **dict.fromkeys(_RANDOM, lambda eqn, out: (0, 0, _RANDOM_OPS * out)),
+    "window": _windowed,
+    "cumulative": lambda eqn, out: (0, 0, out),
+    "scatter": lambda eqn, out: (0, 0, size(eqn.invars[2].aval)),
+    "random": lambda eqn, out: (0, 0, _RANDOM_OPS * out),
     "sort": _sorted,
-    **dict.fromkeys(
-        ("top_k", "approx_top_k"),
-        lambda eqn, out: (0, 0, _ins(eqn) * max(eqn.params["k"].bit_length(), 1)),
-    ),
+    "top": lambda eqn, out: (0, 0, _ins(eqn) * max(eqn.params["k"].bit_length(), 1)),
     "fft": _fft,
     "cholesky": _cubed(1 / 6),
     "lu": _cubed(1 / 3),
-    "triangular_solve": _solved,
-    "lu_pivots_to_permutation": lambda eqn, out: (0, 0, out),
-    **dict.fromkeys(_FACTORS, _factored),
+    "solve": _solved,
+    "factors": _factored,
 }
+"""By what the table of primitives calls their work."""
 
 
 def weight(ops: list[Op]) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class Row:
       stays: which numbers that masks make known are still there behind it ("any"; "zero" alone;
         "unit", 0 and 1; "covered", any where no window lies in the padding alone; "undefined", NaN
         and infinities alone). Elementwise primitives are evaluated instead.
+      update: of an indexing primitive that writes, the number of the operand that it writes.
       work: how `cost.operations` counts it: "" for nothing, "one" operation per element of the
         result, "transcendental", or the name of a rule there; "?" if it has none.
     """
@@ -67,6 +68,7 @@ class Row:
     exact: bool = False
     neutral: float | bool | None = None
     stays: Stays = "undefined"
+    update: int = 0
     work: str = "?"
 
     @property
@@ -107,13 +109,14 @@ _rows(
     **_same,
     work="",
 )
-_rows("index", "gather dynamic_slice dynamic_update_slice", **_same, work="")
-_rows("index", "scatter", **_same, work="scatter")
+_rows("index", "gather dynamic_slice", **_same, work="")
+_rows("index", "dynamic_update_slice", **_same, update=1, work="")
+_rows("index", "scatter", **_same, update=2, work="scatter")
 _rows("index", "scatter-add scatter_add scatter-sub scatter_sub", degree=1, linear=True,
-      work="scatter")  # fmt: skip
+      update=2, work="scatter")  # fmt: skip
 _rows("index", "scatter-min scatter_min scatter-max scatter_max", degree=1, exact=True,
-      work="scatter")  # fmt: skip
-_rows("index", "scatter-mul scatter_mul", work="scatter")
+      update=2, work="scatter")  # fmt: skip
+_rows("index", "scatter-mul scatter_mul", update=2, work="scatter")
 _rows("constant", "iota empty empty2 create_token after_all axis_index platform_index program_id "
       "num_programs dim_as_value dimension_size", exact=True, work="")  # fmt: skip
 
