@@ -96,7 +96,7 @@ def test_channels_of_it_are_cut():
     keep = np.arange(8) % 3 != 0
     small, params, report = shrink(network, PARAMS, {name: keep}, X)
     assert report.shapes == {"up": (6, 5), "down": (5, 5)}
-    masked = {"up": PARAMS["up"] * jnp.asarray(keep, jnp.float32), "down": PARAMS["down"]}
+    masked = {"up": PARAMS["up"] * jnp.asarray(keep[None], jnp.float32), "down": PARAMS["down"]}
     np.testing.assert_allclose(small(params, X), plain(masked, X), rtol=1e-5, atol=1e-5)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from jaxcompress.graph import compat
 from jaxcompress.graph.affine_loops import enter_loop, leave_loop
 from jaxcompress.graph.affine_products import convolution, product, product_of_arrays, quotient
-from jaxcompress.graph.affine_views import VIEWS
+from jaxcompress.graph.affine_views import INDEXED, moving
 from jaxcompress.graph.inline import END, LOOP
 from jaxcompress.graph.ports import Step, link, same
+from jaxcompress.graph.primitives import row
 
 
 def apply(step: Step) -> bool:
@@ -22,8 +23,26 @@ def apply(step: Step) -> bool:
     Returns:
       False if a choice must be made first, and `step.decide` does not allow it.
     """
-    _RULES.get(step.op.primitive, Step.fix_all)(step)
+    _rule(step)(step)
     return not step.waits
+
+
+def _rule(step: Step) -> Callable[[Step], None]:
+    name = step.op.primitive
+    if name in _NAMED:
+        return _NAMED[name]
+    meaning, ports = row(name), len(step.op.operands)
+    if meaning.kind in ("identity", "move"):
+        return _pairs if meaning.kind == "identity" else moving
+    if meaning.kind == "compare":
+        return _compare
+    if meaning.kind == "elementwise" and meaning.degree == 1:
+        return _pairs if ports == 1 else _alike
+    if meaning.kind == "elementwise" and meaning.degree == 0 and ports == 1:
+        return _scaleless
+    if meaning.kind == "window" and (ports > 1 or "window_dimensions" not in step.params):
+        return Step.fix_all
+    return _ALONG.get(meaning.kind, Step.fix_all) if meaning.degree == 1 else Step.fix_all
 
 
 def _alike(step: Step) -> None:
@@ -46,8 +65,8 @@ def _compare(step: Step) -> None:
     same(step, 0, 1)
 
 
-def _sign(step: Step) -> None:
-    step.fix(-1, "it is the result of 'sign'")
+def _scaleless(step: Step) -> None:
+    step.fix(-1, f"it is the result of {step.op.primitive!r}")
 
 
 def _reduce(step: Step) -> None:
@@ -74,24 +93,18 @@ def _cumulative(step: Step) -> None:
     link(step, 0, -1, to=tied, back=tied)
 
 
-_RULES: dict[str, Callable[[Step], None]] = {
-    **dict.fromkeys("add add_any sub max min clamp".split(), _alike),
-    **dict.fromkeys("eq ne lt le gt ge".split(), _compare),
-    **dict.fromkeys(
-        "neg abs copy copy_p convert_element_type reduce_precision sharding_constraint name "
-        "optimization_barrier".split(),
-        _pairs,
-    ),
-    **dict.fromkeys("reduce_sum reduce_max reduce_min".split(), _reduce),
-    **dict.fromkeys("reduce_window_sum reduce_window_max reduce_window_min".split(), _pool),
-    **dict.fromkeys("cumsum cummax cummin".split(), _cumulative),
+_ALONG: dict[str, Callable[[Step], None]] = {
+    "reduce": _reduce,
+    "window": _pool,
+    "cumulative": _cumulative,
+}
+_NAMED: dict[str, Callable[[Step], None]] = {
     "select_n": _select,
-    "div": quotient,
-    "sign": _sign,
     "mul": product,
+    "div": quotient,
     **dict.fromkeys(compat.PRODUCTS, product_of_arrays),
     compat.CONV: convolution,
     LOOP: enter_loop,
     END: leave_loop,
-    **VIEWS,
+    **INDEXED,
 }

@@ -1,108 +1,114 @@
-"""How a scale per channel passes where elements only move: views, joined and taken parts."""
+"""How a scale per channel passes where elements only move: step by step, in both directions."""
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxcompress.graph.labels import cut, depends, embedded, reshaped
+from jaxcompress.graph.labels import Labels, cut, depends, embedded, reshaped
 from jaxcompress.graph.ports import Step, join, link
+from jaxcompress.graph.primitives import Pad, Permute, Regroup, Spread, Take, moved
+
+Map = Callable[[Labels], Labels]
+Shape = tuple[int, ...]
 
 
-def _transpose(step: Step) -> None:
-    order = [axis + 1 for axis in step.params["permutation"]]
+def moving(step: Step) -> None:
+    """Every result has the labels of the operands where their elements are, and they its."""
+    for k, result in enumerate(moved(step.op.eqn) or []):
+        start = 0
+        for port in result.operands:
+            shape, maps = step.shape(port), []
+            for move in result.steps:
+                pair = _STEPS[type(move)](step, move, shape)
+                if pair is None:
+                    return step.fix_all()
+                maps.append(pair)
+                shape = move.shape(shape)
+            if result.axis is not None:
+                end = start + shape[result.axis]
+                parts = [slice(None)] * result.axis + [slice(start, end)]
+                maps.append(_window(parts, shape, step.shape(-1 - k)))
+                start = end
+            forwards, backwards = ([pair[side] for pair in maps] for side in (0, 1))
+            link(step, port, -1 - k, to=_chain(forwards), back=_chain(backwards[::-1]))
+
+
+def _chain(maps: Sequence[Map]) -> Map:
+    return lambda labels: functools.reduce(lambda found, each: each(found), maps, labels)
+
+
+def _permute(step: Step, move: Permute, shape: Shape) -> tuple[Map, Map]:
+    del step, shape
+    order = [axis + 1 for axis in move.order]
     inverse = np.argsort(order) + 1
-    link(
-        step,
-        0,
-        -1,
-        to=lambda labels: labels.transpose(0, *order),
-        back=lambda labels: labels.transpose(0, *inverse),
+    return (lambda x: x.transpose(0, *order)), (lambda x: x.transpose(0, *inverse))
+
+
+def _regroup(step: Step, move: Regroup, shape: Shape) -> tuple[Map, Map] | None:
+    del step
+    if 0 in shape:
+        return None
+    sizes = tuple(move.sizes)
+    return (lambda x: reshaped(x, shape, sizes)), (lambda x: reshaped(x, sizes, shape))
+
+
+def _spread(step: Step, move: Spread, shape: Shape) -> tuple[Map, Map]:
+    source = [axis for axis, n in enumerate(shape) if n == move.sizes[move.axes[axis]]]
+    target, across = [move.axes[axis] for axis in source], step.classes.move
+    return (
+        lambda x: across(x, source, target, len(move.sizes)),
+        lambda x: across(x, target, source, len(shape)),
     )
 
 
-def _reshape(step: Step) -> None:
-    a, b = step.shape(0), step.shape(-1)
-    if 0 in a:
-        return step.fix_all()
-    link(
-        step,
-        0,
-        -1,
-        to=lambda labels: reshaped(labels, a, b),
-        back=lambda labels: reshaped(labels, b, a),
-    )
+def _take(step: Step, move: Take, shape: Shape) -> tuple[Map, Map]:
+    del step
+    back = tuple(axis + 1 for axis, (_, _, stride) in enumerate(move.bounds) if stride < 0)
+    if back:
+        flip = lambda x: np.flip(x, back)
+        return flip, flip
+    embed, narrow = _window(move.slices, tuple(move.shape(shape)), shape)
+    return narrow, embed
 
 
-def _broadcast(step: Step) -> None:
-    into, shape, out = step.params["broadcast_dimensions"], step.shape(0), step.shape(-1)
-    source = [axis for axis, n in enumerate(shape) if n == out[into[axis]]]
-    target, move = [into[axis] for axis in source], step.classes.move
-    link(
-        step,
-        0,
-        -1,
-        to=lambda labels: move(labels, source, target, len(out)),
-        back=lambda labels: move(labels, target, source, len(shape)),
-    )
-
-
-def _rev(step: Step) -> None:
-    axes = tuple(axis + 1 for axis in step.params["dimensions"])
-    flip = lambda labels: np.flip(labels, axes)
-    link(step, 0, -1, to=flip, back=flip)
-
-
-def _slice(step: Step) -> None:
-    p = step.params
-    steps = p["strides"] or (1,) * len(p["start_indices"])
-    bounds = zip(p["start_indices"], p["limit_indices"], steps, strict=True)
-    _window(step, [slice(*bound) for bound in bounds], narrow=-1, wide=0)
-
-
-def _pad(step: Step) -> None:
-    config = step.params["padding_config"]
-    if not step.free(1) or any(low < 0 or high < 0 for low, high, _ in config):
-        return step.fix_all()
+def _pad(step: Step, move: Pad, shape: Shape) -> tuple[Map, Map] | None:
+    if not step.free(1) or any(low < 0 or high < 0 for low, high, _ in move.config):
+        return None
     parts = [
         slice(low, low + (n - 1) * (inside + 1) + 1, inside + 1)
-        for (low, _, inside), n in zip(config, step.shape(0), strict=True)
+        for (low, _, inside), n in zip(move.config, shape, strict=True)
     ]
-    _window(step, parts, narrow=0, wide=-1, zeros=True)
-
-
-def _concatenate(step: Step) -> None:
-    _parts(step, step.params["dimension"], -1, range(len(step.op.operands)))
-
-
-def _split(step: Step) -> None:
-    _parts(step, step.params["axis"], 0, [-1 - k for k in range(len(step.op.outputs))])
-
-
-def _parts(step: Step, axis: int, wide: int, ports: Sequence[int]) -> None:
-    start = 0
-    for port in ports:
-        end = start + step.shape(port)[axis]
-        parts = [slice(None)] * axis + [slice(start, end)]
-        _window(step, parts, narrow=port, wide=wide)
-        start = end
+    return _window(parts, shape, tuple(move.shape(shape)), zeros=True)
 
 
 def _window(
-    step: Step, parts: Sequence[slice], *, narrow: int, wide: int, zeros: bool = False
-) -> None:
-    # The narrow port is a slice of the wide one; zeros around it may have any label: along axes on
-    # which labels do not depend, that of the others.
-    small, large = step.shape(narrow), step.shape(wide)
-    moved = [(axis, part) for axis, part in enumerate(parts) if small[axis] != large[axis]]
+    parts: Sequence[slice], small: Shape, large: Shape, *, zeros: bool = False
+) -> tuple[Map, Map]:
+    # From a slice to the whole, and back. Zeros around it may have any label: along axes on which
+    # labels do not depend, that of the others.
+    every = itertools.chain(parts, itertools.repeat(slice(None)))
+    within = [
+        (axis, part)
+        for axis, (part, n, m) in enumerate(zip(every, small, large, strict=False))
+        if n != m
+    ]
 
-    def embed(labels):
-        for axis, part in moved:
+    def embed(labels: Any) -> Any:
+        for axis, part in within:
             n, m = small[axis], large[axis]
             if not zeros or n == 1 or depends(labels, [axis]):
                 labels = embedded(labels, axis, part, size=n, into=m)
         return labels
 
-    link(step, narrow, wide, to=embed, back=lambda labels: cut(labels, moved))
+    return embed, lambda labels: cut(labels, within)
+
+
+_STEPS: dict[type, Callable[[Step, Any, Shape], tuple[Map, Map] | None]] = {
+    Permute: _permute, Regroup: _regroup, Spread: _spread, Take: _take, Pad: _pad,
+}  # fmt: skip
 
 
 def _gather(step: Step) -> None:
@@ -128,16 +134,8 @@ def _taken(step: Step, pairs: Sequence[tuple[int, int]]) -> None:
         join(step, 0, source, -1, target, signs=(sign, sign))
 
 
-VIEWS: dict[str, Callable[[Step], None]] = {
-    **dict.fromkeys("reshape squeeze expand_dims".split(), _reshape),
-    "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
-    "rev": _rev,
-    "slice": _slice,
-    "pad": _pad,
-    "concatenate": _concatenate,
-    "split": _split,
+INDEXED: dict[str, Callable[[Step], None]] = {
     "gather": _gather,
     "dynamic_slice": _dynamic_slice,
 }
-"""The rules by the names of the primitives."""
+"""Those whose operands say which elements are taken."""

@@ -23,27 +23,6 @@ JIT = frozenset({"jit", "pjit"})
 CALL = frozenset({"closed_call", "core_call", "core_closed_call"})
 REMAT = frozenset({"remat2", "checkpoint", "remat"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-# Primitives that multiply matrices, or may, with nothing inside to look at.
-OPAQUE = frozenset(
-    {
-        "ragged_dot",
-        "scaled_dot",
-        "scaled_matmul",
-        "scaled_matmul_wrapper",
-        "dot_product_attention_fwd",
-        "dot_product_attention_fwd_wrapper",
-        "dot_product_attention_bwd",
-        "dot_product_attention_bwd_wrapper",
-        "dot_product_attention_fp8_fwd_wrapper",
-        "dot_product_attention_fp8_bwd_wrapper",
-        "ffi_call",
-        "call_exported",
-        "call_hi_primitive",
-        "tpu_custom_call",
-        "pure_callback",
-        "io_callback",
-    }
-)
 
 _WRAPPED = re.compile(r"\b(?:jvp|transpose|vmap|pmap|remat|checkpoint|rematted_computation)\(")
 

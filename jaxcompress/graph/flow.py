@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from jaxcompress.graph.compat import at_most
+from jaxcompress.graph.primitives import row
 from jaxcompress.graph.sites import size
 
 
@@ -83,20 +84,6 @@ def chosen(value: Origin, by: Origin, aval: Any) -> Origin:
     return value._replace(mixed=True) if value.params else data(aval)
 
 
-# Primitives whose result has the elements of the operands in place, one for one.
-_ELEMENTWISE = frozenset(
-    "add sub mul div rem max min pow nextafter atan2 select_n clamp and or xor eq ne lt le gt ge "
-    "add_any complex shift_left shift_right_logical shift_right_arithmetic".split()
-)
-# One operand, no more distinct elements than it has.
-_UNARY = frozenset(
-    "broadcast_in_dim reshape transpose squeeze expand_dims rev convert_element_type copy copy_p "
-    "reduce_precision sharding_constraint reshard stop_gradient neg sign abs floor ceil round not "
-    "exp exp2 log log1p expm1 sqrt rsqrt square integer_pow tanh logistic is_finite".split()
-)
-_INDEXED = frozenset({"dynamic_slice", "gather"})
-
-
 def through(primitive: str, origins: list[Origin], aval: Any) -> Origin:
     """The origin of a result of an equation that is not a contraction.
 
@@ -111,7 +98,8 @@ def through(primitive: str, origins: list[Origin], aval: Any) -> Origin:
         result = made_of((o for o in origins if not o.data), aval)._replace(mixed=True)
     else:
         result = data(aval)
-    if primitive in _ELEMENTWISE or primitive in _UNARY:
+    meaning = row(primitive)
+    if meaning.elementwise or (meaning.kind == "move" and len(origins) == 1):
         extent = 1
         for origin in origins:
             extent = _least(extent * origin.extent, size(aval))
@@ -120,10 +108,11 @@ def through(primitive: str, origins: list[Origin], aval: Any) -> Origin:
 
 
 def _kept(primitive: str, origins: list[Origin], out_size: int) -> bool:
-    if primitive in _ELEMENTWISE:
+    meaning = row(primitive)
+    if meaning.elementwise:
         spans = any(o.params and at_most(out_size, o.extent) for o in origins)
         return spans and all(at_most(o.extent + 1, out_size) for o in origins if o.data)
-    if primitive in _INDEXED:
+    if meaning.kind == "index" and not meaning.update:
         return bool(origins[0].params) and all(o.extent == 1 for o in origins[1:] if o.data)
     return False
 

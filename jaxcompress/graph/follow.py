@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from jaxcompress.graph import compat, flow
 from jaxcompress.graph.flow import Origin
 from jaxcompress.graph.interpret import Domain
+from jaxcompress.graph.primitives import row
+from jaxcompress.graph.primitives.table import FOREIGN
 
 Place = tuple[int, ...]  # equation number, body number, equation number, ...
 
@@ -114,9 +116,9 @@ class _Origins(Domain):
     def equation(self, eqn: Any, values: list[Origin], at: Where) -> Sequence[Origin]:
         """Notes contractions, and what may hold some."""
         name = eqn.primitive.name
-        if name == "optimization_barrier":
+        if row(name).kind == "identity":
             return self._noted(at, values)
-        if name not in compat.CONTRACTIONS:
+        if row(name).kind != "contract":
             return self._noted(at, self._other(eqn, values, at))
         lhs, rhs, *sizes = values
         active, result = flow.contract(lhs, rhs, eqn.outvars[0].aval)
@@ -140,7 +142,7 @@ class _Origins(Domain):
         unentered = at.unentered or (f"{name} at {at.scope!r}" if at.scope else name)
         given = at.given.union(*(o.params for o in origins))
         inside = at._replace(unentered=unentered, given=given)
-        if name in compat.OPAQUE:
+        if name in FOREIGN:
             weights = [o for o in origins if not o.data]
             made = flow.made_of(weights, eqn.invars[0].aval) if weights else Origin()
             self._contraction(eqn, (made, Origin(data=True)), (False, True), inside)

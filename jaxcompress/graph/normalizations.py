@@ -15,9 +15,10 @@ from jaxcompress.graph import compat
 from jaxcompress.graph.absorb import Absorption, Elements, rescale
 from jaxcompress.graph.edit import reachable
 from jaxcompress.graph.flat import Flat
-from jaxcompress.graph.inline import Op
+from jaxcompress.graph.inline import END, LOOP, Op
 from jaxcompress.graph.labels import FIXED, Labels
 from jaxcompress.graph.ports import Step
+from jaxcompress.graph.primitives import row
 from jaxcompress.graph.trial import Trial, search
 
 
@@ -158,7 +159,7 @@ def _bent(trial: Trial, channel: np.ndarray) -> str:
     # An operation between that passes positive factors only.
     flat = trial.flat
     for op in flat.ops:
-        if op.primitive not in _LINEAR and not flat.site_name(op):
+        if not _is_linear(op) and not flat.site_name(op):
             for number in op.outputs:
                 labels = trial.see(number, 1) if flat.is_data(number) else None
                 if labels is not None and (channel[labels] >= 0).any():
@@ -202,14 +203,12 @@ def _padding_behind(flat: Flat, at: int) -> list[str]:
         if op.primitive == compat.CONV and any(sum(pad) for pad in op.eqn.params["padding"]):
             name = flat.site_name(op)
             found.append(f"{name} behind it pads its input, where nothing is added")
-        if op.primitive not in _LINEAR or flat.site_name(op):
+        if not _is_linear(op) or flat.site_name(op):
             break
         number = op.outputs[0]
     return found
 
 
-_LINEAR = frozenset(
-    "add add_any sub mul div neg reshape squeeze expand_dims transpose broadcast_in_dim slice pad "
-    "concatenate split rev reduce_sum reduce_window_sum cumsum convert_element_type copy copy_p "
-    "dot_general conv_general_dilated ragged_dot_general ragged_dot loop loop_end".split()
-)
+def _is_linear(op: Op) -> bool:
+    # In what inputs reach; factors are parameters here. Marks of loops pass what is inside on.
+    return op.primitive in (LOOP, END) or row(op.primitive).linear

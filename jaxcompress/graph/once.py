@@ -15,7 +15,7 @@ import numpy as np
 from jaxcompress.graph.edit import reachable
 from jaxcompress.graph.flat import Flat
 from jaxcompress.graph.inline import END, LOOP, carried, inline, rows
-from jaxcompress.graph.views import VIEWS, Part, parts_of
+from jaxcompress.graph.views import Part, is_view, parts_of
 
 
 class Expression(NamedTuple):
@@ -114,7 +114,7 @@ def _source(flat: Flat, number: int) -> int:
         if op.primitive == LOOP:
             outer = dict(zip(*rows(op)[::-1], strict=True)).get(number)
         else:
-            outer = op.operands[0] if op.primitive in VIEWS else None
+            outer = op.operands[0] if is_view(op.primitive) else None
         if outer is None:
             break
         number = outer

@@ -12,6 +12,7 @@ from jaxcompress.graph.biases import Bias, biases_of
 from jaxcompress.graph.flat import Flat
 from jaxcompress.graph.inline import Op
 from jaxcompress.graph.matrices import Layer, layers_of
+from jaxcompress.graph.primitives import Permute, Regroup, moved
 from jaxcompress.graph.trace import trace_program
 
 
@@ -88,13 +89,17 @@ def _chain(flat: Flat, layer: Layer) -> list[str]:
         (op,) = readers
         if wanted and wanted[0](flat, op):
             wanted = wanted[1:]
-        elif op.primitive not in _VIEWS:
+        elif not _rearranges(op):
             return []
         number = op.outputs[0]
     return []
 
 
-_VIEWS = frozenset("reshape squeeze expand_dims transpose".split())
+def _rearranges(op: Op) -> bool:
+    # Every element stays, once.
+    found = moved(op.eqn) or []
+    whole = len(found) == 1 and found[0].axis is None and len(op.outputs) == 1
+    return whole and all(isinstance(step, Regroup | Permute) for step in found[0].steps)
 
 
 def _adds_bias(flat: Flat, op: Op) -> bool:

@@ -1,8 +1,8 @@
 """Which elements of a parameter leaf a contraction multiplies with, whatever views lie between."""
 
 import math
-from collections.abc import Callable, Container
-from typing import Any, NamedTuple
+from collections.abc import Container, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcompress.graph.follow import Place
 from jaxcompress.graph.inline import END, LOOP, Inlined, Op, carried, inline, rows
+from jaxcompress.graph.primitives import move, row
 from jaxcompress.graph.trace import Program
 
 
@@ -57,8 +58,9 @@ class Reader(NamedTuple):
 def views(program: Program) -> dict[Place, View]:
     """The view behind the weight operand of every contraction where there is one.
 
-    Transposes, reshapes, slices, casts and the rows of a scan are views; arithmetic on a leaf
-    (normalized or masked weights), joined leaves and leaves that a loop carries are none.
+    What moves elements of one leaf and takes none twice, identities, casts and the rows of a scan
+    are views; arithmetic on a leaf (normalized or masked weights), joined leaves and leaves that a
+    loop carries are none.
     """
     return views_and_readers(program)[0]
 
@@ -130,10 +132,11 @@ def parts_of(program: Program, flat: Inlined, *, written: bool = False) -> dict[
             parts.update(inside)
             pairs = zip(*rows(op), strict=True)
             narrowed |= {inner for outer, inner in pairs if outer in narrowed}
-        elif (result := _viewed(op, parts, written)) is not None:
-            if written and not _holds(op, narrowed):
-                continue
-            parts[op.outputs[0]] = result
+            continue
+        found = _viewed(op, parts, written) if op.primitive != END else []
+        if any(found) and not (written and not _holds(op, narrowed)):
+            pairs = zip(op.outputs, found, strict=True)
+            parts.update((number, part) for number, part in pairs if part)
     return parts
 
 
@@ -162,51 +165,32 @@ def _rows(op: Op, parts: dict[int, Part]) -> dict[int, Part]:
     return found
 
 
-def _viewed(op: Op, parts: dict[int, Part], broadcast: bool) -> Part | None:
-    if not op.operands or op.operands[0] not in parts or op.primitive not in _VIEWS:
-        return None
-    part = parts[op.operands[0]]
-    lead = part.index.shape[: part.depth]
-    rows = part.index.reshape(math.prod(lead), *part.index.shape[part.depth :])
-    shape = op.eqn.outvars[0].aval.shape
-    if math.prod(shape) > math.prod(rows.shape[1:]):  # elements repeat
-        return _repeated(part, op.eqn.params, shape) if broadcast else None
-    result = _VIEWS[op.primitive](rows, op.eqn.params, (len(rows), *shape))
-    return part._replace(index=result.reshape((*lead, *shape)))
+def _viewed(op: Op, parts: dict[int, Part], broadcast: bool) -> Sequence[Part | None]:
+    # The results as elements of one leaf; None for those that are anything else.
+    kind, nothing = row(op.primitive).kind, [None] * len(op.outputs)
+    given = [None if n is None else parts.get(n) for n in op.operands]
+    if kind == "identity":
+        return given
+    if not is_view(op.primitive) or None in given:
+        return nothing
+    found = [part for part in given if part]
+    first, lead = found[0], found[0].index.shape[: found[0].depth]
+    same = (first.path, first.depth, lead)
+    if any((part.path, part.depth, part.index.shape[: part.depth]) != same for part in found):
+        return nothing
+    rows = [x.index.reshape((math.prod(lead), *x.index.shape[first.depth :])) for x in found]
+    moved = move(op.eqn, rows, lead=1) if kind == "move" else rows
+    assert moved is not None
+    repeated = any(x[0].size > rows[0][0].size for x in moved if len(x))
+    if len(rows) > 1:
+        repeated = any(len(np.unique(x)) < x.size for x in moved)
+    if repeated and not broadcast:
+        return nothing
+    return [first._replace(index=x.reshape((*lead, *x.shape[1:]))) for x in moved]
 
 
-def _repeated(part: Part, params: Any, shape: tuple[int, ...]) -> Part | None:
-    if "broadcast_dimensions" not in params:
-        return None
-    lead, old = part.index.shape[: part.depth], part.index.shape[part.depth :]
-    sizes = [1] * len(shape)
-    for axis, n in zip(params["broadcast_dimensions"], old, strict=True):
-        sizes[axis] = n
-    index = np.broadcast_to(part.index.reshape(*lead, *sizes), (*lead, *shape))
-    return part._replace(index=index)
-
-
-_View = Callable[[np.ndarray, Any, tuple[int, ...]], np.ndarray]
-
-
-def _sliced(rows: np.ndarray, params: Any, shape: tuple[int, ...]) -> np.ndarray:
-    del shape
-    steps = params["strides"] or (1,) * len(params["start_indices"])
-    bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
-    return rows[(slice(None), *(slice(*bound) for bound in bounds))]
-
-
-_SAME: _View = lambda rows, params, shape: rows.reshape(shape)
-# The first axis is the trips'.
-_VIEWS: dict[str, _View] = {
-    "transpose": lambda rows, p, shape: rows.transpose(0, *(a + 1 for a in p["permutation"])),
-    "rev": lambda rows, p, shape: np.flip(rows, tuple(a + 1 for a in p["dimensions"])),
-    "slice": _sliced,
-    **dict.fromkeys(
-        "reshape squeeze expand_dims broadcast_in_dim convert_element_type copy copy_p "
-        "reduce_precision optimization_barrier sharding_constraint name".split(),
-        _SAME,
-    ),
-}
-VIEWS = frozenset(_VIEWS)
-"""Names of the operations that give views of their first operand."""
+def is_view(primitive: str) -> bool:
+    """Whether a primitive's results may be views of its operands: moves, identities, casts."""
+    meaning = row(primitive)
+    cast = meaning.elementwise and meaning.work == "" and meaning.linear
+    return cast or meaning.kind in ("identity", "move")

@@ -60,7 +60,7 @@ class Regroup:
     def apply(self, x: Any, fill: Any = None, *, lead: int = 0) -> Any:
         """The step on an array; `lead` axes in front stay."""
         del fill
-        return x.reshape(*x.shape[:lead], *self.sizes)
+        return x.reshape((*x.shape[:lead], *self.sizes))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Spread:
         for axis, n in zip(self.axes, x.shape[lead:], strict=True):
             ones[axis] = n
         first = x.shape[:lead]
-        return np.broadcast_to(x.reshape(*first, *ones), (*first, *self.sizes))
+        return np.broadcast_to(x.reshape((*first, *ones)), (*first, *self.sizes))
 
 
 @dataclass(frozen=True)
