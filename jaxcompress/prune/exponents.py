@@ -17,26 +17,11 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcompress.graph import compat
+from jaxcompress.graph.evaluate import Evaluator
+from jaxcompress.graph.interpret import CALLS
+from jaxcompress.graph.primitives import degree_of, row
 
 _ZERO = -(1 << 20)  # the exponent of zeros: lower than that of anything they are added to
-
-# f(c x) = c f(x), the same numbers in other places
-_VIEWS = frozenset(
-    "reshape transpose squeeze broadcast_in_dim rev copy copy_p stop_gradient "
-    "sharding_constraint neg abs convert_element_type".split()
-)
-# f(c x, c y, ...) = c f(x, y, ...) for c > 0
-_HOMOGENEOUS = frozenset(
-    "slice split dynamic_slice gather concatenate pad add sub add_any reduce_sum reduce_max "
-    "reduce_min cumsum cummax cummin max min select_n clamp reduce_window_sum reduce_window_max "
-    "reduce_window_min".split()
-)
-# f(c x, c y, ...) = f(x, y, ...)
-_SCALE_FREE = frozenset("eq ne lt le gt ge sign argmax argmin".split())
-_PRODUCTS = frozenset({"mul", "div"}) | compat.CONTRACTIONS
-_POWERS = frozenset({"integer_pow", "square", "sqrt", "rsqrt"})
-_RULES = _VIEWS | _HOMOGENEOUS | _SCALE_FREE | _PRODUCTS | _POWERS
-_CALLS = compat.JIT | compat.CALL | compat.REMAT
 
 
 class Scaled(NamedTuple):
@@ -54,7 +39,7 @@ def evaluate(closed: Any, values: Sequence[Any]) -> list[Any]:
     >>> print(cube.value, cube.exponent)
     1.0 150
     """
-    return _run(compat.body(closed), [_scaled(x) for x in values])
+    return _Exponents().run(compat.body(closed), [_scaled(x) for x in values])
 
 
 def total(parts: Sequence[Any]) -> Scaled:
@@ -64,68 +49,68 @@ def total(parts: Sequence[Any]) -> Scaled:
     return _normal(jnp.sum(jnp.stack(values)), exponent)
 
 
-def _run(body: compat.Body, arguments: Sequence[Any]) -> list[Any]:
-    known = dict(zip(body.jaxpr.constvars, map(_scaled, body.consts), strict=True))
-    known.update(zip(body.jaxpr.invars, arguments, strict=True))
+class _Exponents(Evaluator):
+    def enters(self, eqn: Any, at: Any) -> bool:
+        name = eqn.primitive.name
+        if name in compat.CUSTOM:
+            return _has_rules(compat.call_body(eqn))
+        return name in CALLS
 
-    def read(v: Any) -> Any:
-        if not compat.is_literal(v):
-            return known[v]
+    def literal(self, v: Any) -> Any:
         with jax.ensure_compile_time_eval():
             return _scaled(np.asarray(v.val, v.aval.dtype))
 
-    for eqn in body.jaxpr.eqns:
-        results = _equation(eqn, [read(v) for v in eqn.invars])
-        known.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in body.jaxpr.outvars]
+    def constant(self, v: Any, x: Any) -> Any:
+        return _scaled(x)
 
-
-def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
-    name = eqn.primitive.name
-    if name in _CALLS or (name in compat.CUSTOM and _has_rules(compat.call_body(eqn))):
-        return _run(compat.call_body(eqn), operands)
-    floats = [x for x in operands if isinstance(x, Scaled)]
-    if not floats or not _has_rule(eqn) or (name in _PRODUCTS and len(floats) < 2):
-        return [_scaled(y) for y in compat.evaluate(eqn, [_plain(x) for x in operands])]
-    if name in _VIEWS:
-        (value,) = _values(eqn, operands)
-        return [Scaled(value, floats[0].exponent)]
-    if name in _PRODUCTS:
-        a, b = (x.exponent for x in floats)
-        return _results(eqn, operands, a - b if name == "div" else a + b)
-    if name in _POWERS:
-        return _power(eqn, floats[0])
-    values, exponent = _aligned(floats)
-    again = iter(values)
-    aligned = [next(again) if isinstance(x, Scaled) else x for x in operands]
-    return _results(eqn, aligned, jnp.int32(0) if name in _SCALE_FREE else exponent)
+    def equation(self, eqn: Any, values: list[Any], at: Any) -> Sequence[Any]:
+        meaning, degree = row(eqn.primitive.name), degree_of(eqn)
+        floats = [x for x in values if isinstance(x, Scaled)]
+        several = len(meaning.factors) > 1
+        if not floats or not _has_rule(eqn) or (several and len(floats) < 2):
+            return [_scaled(y) for y in compat.evaluate(eqn, [_plain(x) for x in values])]
+        if several:  # a product: [a, b] or [a, b, sizes of groups]
+            pairs = zip(floats, meaning.factors, strict=True)
+            terms = (x.exponent if factor > 0 else -x.exponent for x, factor in pairs)
+            return _results(eqn, values, functools.reduce(jnp.add, terms))
+        assert degree is not None
+        if degree not in (0, 1):
+            return _power(eqn, floats[0], degree)
+        if meaning.elementwise and degree == 1 and len(values) == 1:
+            (value,) = _values(eqn, values)  # as large as before
+            return [Scaled(value, floats[0].exponent)]
+        scaled, exponent = _aligned(floats)
+        again = iter(scaled)
+        aligned = [next(again) if isinstance(x, Scaled) else x for x in values]
+        return _results(eqn, aligned, jnp.int32(0) if degree == 0 else exponent)
 
 
 def _has_rule(eqn: Any) -> bool:
     # What makes integers of numbers, a cast say, needs the numbers.
-    name = eqn.primitive.name
-    return name in _SCALE_FREE or (name in _RULES and all(_wide(v.aval) for v in eqn.outvars))
+    meaning, degree = row(eqn.primitive.name), degree_of(eqn)
+    if degree is None or meaning.kind in ("opaque", "sort"):
+        return False
+    if degree != int(degree) and abs(degree) != 0.5:
+        return False
+    return degree == 0 or all(_wide(v.aval) for v in eqn.outvars)
 
 
 def _has_rules(body: compat.Body) -> bool:
     # Whether all inside is known here: then the derivative of the body is that of its rule, as of
     # relu. Any other function with a rule of its own keeps it.
     return all(
-        _has_rules(compat.call_body(eqn))
-        if eqn.primitive.name in _CALLS | compat.CUSTOM
-        else _has_rule(eqn)
+        _has_rules(compat.call_body(eqn)) if eqn.primitive.name in CALLS else _has_rule(eqn)
         for eqn in body.jaxpr.eqns
     )
 
 
-def _power(eqn: Any, x: Scaled) -> list[Any]:
-    name = eqn.primitive.name
-    if name in ("integer_pow", "square"):
-        return _results(eqn, [x], eqn.params.get("y", 2) * x.exponent)
+def _power(eqn: Any, x: Scaled, degree: float) -> list[Any]:
+    if degree == int(degree):
+        return _results(eqn, [x], int(degree) * x.exponent)
     odd = x.exponent % 2  # (value 2^odd)^(1/2) 2^((exponent - odd) / 2)
     half = (x.exponent - odd) // 2
     value = x.value * _two_to(odd, x.value.dtype)
-    return _results(eqn, [value], half if name == "sqrt" else -half)
+    return _results(eqn, [value], half if degree > 0 else -half)
 
 
 def _results(eqn: Any, operands: list[Any], exponent: Array) -> list[Any]:
