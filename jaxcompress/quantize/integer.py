@@ -214,7 +214,7 @@ def integer_only(
                 f"batches stand in for it: {', '.join(rest_of)}"
             )
     flat = flatten(apply_fn, params, first, given)
-    plan = lower(flat, integer_rules.RULES | integer_views.RULES)
+    plan = lower(flat, lambda name: integer_rules.RULES.get(name) or integer_views.rule_of(name))
     if plan.requantized:
         warn(
             f"integer_only quantizes packed weights again, to {weights.name}: "

@@ -20,10 +20,8 @@ ADD_HEADROOM = 20
 _HEADROOM = 24  # bits that other cores without weights fill
 _ROOM = 2.0**29  # of a bias in the accumulator
 
-MOVES = frozenset(
-    "clamp window_max reduce_max reduce_min reshape transpose rev broadcast slice pad "
-    "concatenate".split()
-)
+_STEPS = frozenset("permute regroup spread take pick pad join".split())
+MOVES = _STEPS | {"clamp", "window_max", "reduce_max", "reduce_min"}
 """Kinds of steps that keep the grid of what they take."""
 
 

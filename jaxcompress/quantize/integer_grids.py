@@ -17,20 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed
 from jaxcompress.core.paths import leaves_with_paths, near_misses
 from jaxcompress.formats.integer import Integer
-from jaxcompress.graph import compat, walk
+from jaxcompress.graph import walk
 from jaxcompress.graph.equations import Equation
+from jaxcompress.graph.primitives import move, row
 
 _MARK = "grid of "
-_NAMES = frozenset(("name", "copy", "copy_p", "sharding_constraint"))
-_ORDERED = _NAMES | frozenset(
-    "reshape squeeze expand_dims transpose rev broadcast_in_dim slice gather dynamic_slice "
-    "reduce_window_max reduce_max reduce_min max min clamp convert_element_type reduce_precision "
-    "concatenate pad".split()
-)
-"""Primitives that keep the order of numbers: rounding before them is rounding after them."""
-_VIEWS = _NAMES | frozenset(
-    "reshape squeeze expand_dims transpose rev broadcast_in_dim slice".split()
-)
 
 
 def named(fn: Callable[..., Any], grids: Mapping[str, Grid]) -> Callable[..., Any]:
@@ -89,7 +80,7 @@ def fixed_grids(
         if name is not None:
             fixed[equation.outputs[0]] = grids[name]
         grid = fixed.get(equation.outputs[0])
-        if grid is None or equation.primitive not in _ORDERED:
+        if grid is None or not row(equation.primitive).order:
             continue
         for number in equation.operands:
             if uses.get(number, 0) == 1:
@@ -129,12 +120,10 @@ class Steps:
             if not behind:
                 continue
             self.behind.update(dict.fromkeys(e.outputs, behind))
-            source = self.steps.get(e.operands[0])
+            source, meaning = self.steps.get(e.operands[0]), row(e.primitive)
             if source is None or len(e.operands) > 1:
                 continue
-            if e.primitive in ("convert_element_type", "reduce_precision"):
+            if meaning.kind == "identity" or (meaning.elementwise and meaning.order):  # casts
                 self.steps[e.outputs[0]] = source
-            elif e.primitive in _VIEWS:
-                self.steps[e.outputs[0]] = np.asarray(
-                    compat.evaluate(e.eqn, [jnp.asarray(source)])[0], np.float32
-                )
+            elif (found := move(e.eqn, [source])) is not None:
+                self.steps.update(zip(e.outputs, found, strict=True))

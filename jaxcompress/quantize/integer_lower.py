@@ -6,7 +6,7 @@ by nothing else belong to its step: convolution, bias, inference BatchNorm and R
 maxima and clamps of a tensor that is read elsewhere too keep the grid of what they take.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -60,15 +60,15 @@ class Plan(NamedTuple):
     requantized: tuple[str, ...]
 
 
-def lower(flat: Flat, rules: Mapping[str, Callable[..., None]]) -> Plan:
-    """The steps of a flat program; rules say how each primitive is lowered.
+def lower(flat: Flat, rule_of: Callable[[str], Callable[..., None] | None]) -> Plan:
+    """The steps of a flat program; `rule_of` says how a primitive is lowered.
 
     Raises:
       ValueError: an operation that integers cannot do, with its name and scope.
     """
     lowerer = Lowerer(flat)
     for equation in flat.equations:
-        rule = rules.get(equation.primitive)
+        rule = rule_of(equation.primitive)
         if rule is None:
             raise refusal(equation, "it has no integer form here")
         rule(lowerer, equation)

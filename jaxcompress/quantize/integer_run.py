@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxcompress.graph.matrices import taps
@@ -77,25 +78,25 @@ def moved(node: Node, inputs: Sequence[Any], fill: Any) -> Array:
     An axis of size None has that of the input: steps are not tied to a batch size.
     """
     x, kind = jnp.asarray(inputs[0]), node.kind
-    if kind in ("reshape", "broadcast"):
-        shape = [x.shape[0] if n is None else n for n in node.get("shape")]
-        if kind == "reshape":
-            return x.reshape(shape)
-        return lax.broadcast_in_dim(x, shape, node.get("axes"))
-    if kind == "slice":
+    sized = lambda: [x.shape[0] if n is None else n for n in node.get("sizes")]
+    if kind == "regroup":
+        return x.reshape(sized())
+    if kind == "spread":
+        return lax.broadcast_in_dim(x, sized(), node.get("axes"))
+    if kind == "take":
         return x[tuple(slice(*bound) for bound in node.get("bounds"))]
+    if kind == "pick":
+        return x.reshape(x.shape[0], -1)[:, np.asarray(node.get("index"))].reshape(sized())
     if kind == "pad":
-        return lax.pad(x, jnp.asarray(fill).astype(x.dtype), node.get("padding"))
+        return lax.pad(x, jnp.asarray(fill).astype(x.dtype), node.get("config"))
     if kind == "window_max":
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         lowest = -jnp.inf if is_float else jnp.iinfo(x.dtype).min
         return over_windows(node, x, jnp.asarray(lowest, x.dtype), lax.max)
-    if kind == "concatenate":
+    if kind == "join":
         return jnp.concatenate([jnp.asarray(x) for x in inputs], node.get("axis"))
-    if kind == "transpose":
-        return jnp.transpose(x, node.get("permutation"))
-    if kind == "rev":
-        return lax.rev(x, node.get("axes"))
+    if kind == "permute":
+        return jnp.transpose(x, node.get("order"))
     if kind in ("reduce_max", "reduce_min"):
         return (jnp.max if kind == "reduce_max" else jnp.min)(x, axis=node.get("axes"))
     assert kind == "clamp", kind

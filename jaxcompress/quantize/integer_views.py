@@ -1,13 +1,15 @@
 """How primitives that only move or compare numbers are lowered: their results keep the grid."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.graph import compat
+from jaxcompress.graph.primitives import Pad, Permute, Regroup, Spread, Take, moved, row
 from jaxcompress.quantize.integer_grids import grid_name
-from jaxcompress.quantize.integer_lower import Draft, Lowerer, refusal, scalar
+from jaxcompress.quantize.integer_lower import Draft, Lowerer, Shape, refusal, scalar
 from jaxcompress.quantize.integer_rules import Rule, registers, window
 from jaxcompress.quantize.integer_trace import Equation
 
@@ -27,43 +29,51 @@ def _reduce(low: Lowerer, e: Equation) -> None:
     low.move(e, e.primitive, batched=0 not in axes, axes=axes)
 
 
-@rule("reshape", "squeeze", "expand_dims")
-def _reshape(low: Lowerer, e: Equation) -> None:
-    before, after = low.shape(e.operands[0]), low.shape(e.outputs[0])
-    if e.eqn.params.get("dimensions") is not None and e.primitive == "reshape":
-        raise refusal(e, "it permutes dimensions")
-    leads = before[:1] == after[:1] != ()
-    low.move(e, "reshape", batched=leads, shape=(None, *after[1:]) if leads else after)
+def moving(low: Lowerer, e: Equation) -> None:
+    """What only moves elements: a step of integers for each step."""
+    for out, result in zip(e.outputs, moved(e.eqn) or [], strict=True):
+        known = [low.known(number) is not None for number in e.operands]
+        if result.axis is not None and any(known):
+            _joined_constants(low, e, result.axis)
+            continue
+        tensors = []
+        for k in result.operands:
+            number, shape = e.operands[k], low.shape(e.operands[k])
+            joined = result.axis is not None
+            tensor = low.on_grid_of(number, out) if joined else low.tensor(number)
+            for step in result.steps:
+                if isinstance(step, Pad) and (known[0] or not known[1]):
+                    raise refusal(e, "it pads with an activation, or a constant around one")
+                tensor, shape = _stepped(low, e, tensor, shape, step)
+            tensors.append(tensor)
+        if result.axis is not None:
+            low.batched &= result.axis != 0
+            draft = Draft("join", tuple(tensors), (("axis", result.axis),), e.scope)
+            tensors = [low.finish(draft)]
+        (low.tensors[out],) = tensors
 
 
-@rule("transpose")
-def _transpose(low: Lowerer, e: Equation) -> None:
-    order = tuple(e.eqn.params["permutation"])
-    low.move(e, "transpose", batched=order[:1] == (0,), permutation=order)
-
-
-@rule("rev")
-def _rev(low: Lowerer, e: Equation) -> None:
-    axes = tuple(e.eqn.params["dimensions"])
-    low.move(e, "rev", batched=0 not in axes, axes=axes)
-
-
-@rule("broadcast_in_dim")
-def _broadcast(low: Lowerer, e: Equation) -> None:
-    before, shape = low.shape(e.operands[0]), tuple(e.eqn.params["shape"])
-    axes = tuple(e.eqn.params["broadcast_dimensions"])
-    leads = axes[:1] == (0,) and before[:1] == shape[:1]
-    sizes = (None, *shape[1:]) if leads else shape
-    low.move(e, "broadcast", batched=leads, shape=sizes, axes=axes)
-
-
-@rule("slice")
-def _slice(low: Lowerer, e: Equation) -> None:
-    p, shape = e.eqn.params, low.shape(e.operands[0])
-    steps = p["strides"] or (1,) * len(shape)
-    bounds = tuple(zip(p["start_indices"], p["limit_indices"], steps, strict=True))
-    whole = bounds[0] == (0, shape[0], 1)
-    low.move(e, "slice", batched=whole, bounds=((0, None, 1), *bounds[1:]) if whole else bounds)
+def _stepped(low: Lowerer, e: Equation, tensor: int, shape: Shape, step: Any) -> tuple[int, Shape]:
+    # The tensor behind a step, and its shape. A first axis that stays is that of any batch.
+    kind, after, fill = type(step).__name__.lower(), tuple(step.shape(shape)), None
+    leads = shape[:1] == after[:1] != ()
+    sizes = ("sizes", (None, *after[1:]) if leads else after)
+    if isinstance(step, Permute):
+        leads, config = step.order[:1] == (0,), (("order", step.order),)
+    elif isinstance(step, Regroup):
+        config = (sizes,)
+    elif isinstance(step, Spread):
+        leads &= step.axes[:1] == (0,)
+        config = (sizes if leads else ("sizes", after), ("axes", step.axes))
+    elif isinstance(step, Take):
+        leads = step.whole(shape)[:1] == (True,)
+        bounds = [(None, None, -1) if n < 0 else (a, b, n) for a, b, n in step.bounds]
+        config = (("bounds", tuple([(0, None, 1), *bounds[1:]] if leads else bounds)),)
+    else:
+        leads, config = step.config[:1] == ((0, 0, 0),), (("config", step.config),)
+        fill = float(np.asarray(low.known(e.operands[1])))
+    low.batched &= leads
+    return low.finish(Draft(kind, (tensor,), config, e.scope, fill=fill)), after
 
 
 @rule("gather", "dynamic_slice")
@@ -78,18 +88,27 @@ def _indexed(low: Lowerer, e: Equation) -> None:
     (taken,) = compat.evaluate(e.eqn, operands)
     bounds = _bounds(np.asarray(taken), shape)
     found = numbers[tuple(slice(*bound) for bound in bounds)]
-    if found.size != taken.size or (found.reshape(out) != np.asarray(taken)).any():
-        raise refusal(e, "what it takes is no slice")
-    whole = bounds[0] == (0, shape[0], 1)
-    kept = ((0, None, 1), *bounds[1:]) if whole else bounds
-    draft = Draft("slice", (low.tensor(x),), (("bounds", kept),), e.scope)
-    tensor = low.finish(draft)
-    leads = whole and out[:1] == shape[:1]
-    low.batched &= leads
-    if found.shape != out:
-        sizes = (None, *out[1:]) if leads else out
-        tensor = low.finish(Draft("reshape", (tensor,), (("shape", sizes),), e.scope))
+    tensor = low.tensor(x)
+    if found.size == taken.size and (found.reshape(out) == np.asarray(taken)).all():
+        tensor, at = _stepped(low, e, tensor, shape, Take(bounds))
+        if at != out:
+            tensor, _ = _stepped(low, e, tensor, at, Regroup(out))
+    else:
+        tensor = _picked(low, e, tensor, np.asarray(taken))
     low.tensors[e.outputs[0]] = tensor
+
+
+def _picked(low: Lowerer, e: Equation, tensor: int, taken: np.ndarray) -> int:
+    # The same elements of every example.
+    shape, out = low.shape(e.operands[0]), low.shape(e.outputs[0])
+    rows = shape[0] if shape else 0
+    each = taken.reshape(rows, -1) if rows and out[:1] == shape[:1] else taken[:0]
+    size = math.prod(shape[1:])
+    index = each - size * np.arange(len(each))[:, None] if len(each) else each
+    if not index.size or (index != index[:1]).any() or ((index < 0) | (index >= size)).any():
+        raise refusal(e, "what it takes is not the same of every example")
+    config = (("index", tuple(index[0].tolist())), ("sizes", (None, *out[1:])))
+    return low.finish(Draft("pick", (tensor,), config, e.scope))
 
 
 def _bounds(taken: np.ndarray, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
@@ -104,38 +123,6 @@ def _bounds(taken: np.ndarray, shape: tuple[int, ...]) -> tuple[tuple[int, int, 
     return tuple(bounds)
 
 
-@rule("split")
-def _split(low: Lowerer, e: Equation) -> None:
-    axis, start = e.eqn.params["axis"], 0
-    source, rank = low.tensor(e.operands[0]), len(low.shape(e.operands[0]))
-    low.batched &= axis != 0
-    for number, size in zip(e.outputs, e.eqn.params["sizes"], strict=True):
-        bounds = tuple((start, start + size, 1) if a == axis else (0, None, 1) for a in range(rank))
-        draft = Draft("slice", (source,), (("bounds", bounds),), e.scope)
-        low.tensors[number] = low.finish(draft)
-        start += size
-
-
-@rule("pad")
-def _pad(low: Lowerer, e: Equation) -> None:
-    config = tuple(map(tuple, e.eqn.params["padding_config"]))
-    fill = low.known(e.operands[1])
-    if fill is None or low.known(e.operands[0]) is not None:
-        raise refusal(e, "it pads with an activation, or a constant around one")
-    low.move(e, "pad", batched=config[:1] == ((0, 0, 0),), fill=float(fill), padding=config)
-
-
-@rule("concatenate")
-def _concatenate(low: Lowerer, e: Equation) -> None:
-    axis, out = e.eqn.params["dimension"], e.outputs[0]
-    low.batched &= axis != 0
-    known = [low.known(number) for number in e.operands]
-    if any(value is not None for value in known):
-        return _joined_constants(low, e, axis)
-    inputs = tuple(low.on_grid_of(number, out) for number in e.operands)
-    low.tensors[out] = low.finish(Draft("concatenate", inputs, (("axis", axis),), e.scope))
-
-
 def _joined_constants(low: Lowerer, e: Equation, axis: int) -> None:
     # One activation between constants: padding.
     data = [i for i, number in enumerate(e.operands) if low.known(number) is None]
@@ -148,11 +135,14 @@ def _joined_constants(low: Lowerer, e: Equation, axis: int) -> None:
     rank = len(low.shape(e.outputs[0]))
     config = tuple(ends if a == axis else (0, 0, 0) for a in range(rank))
     (fill,) = fills
-    moved = e._replace(operands=(e.operands[data[0]],))
-    low.move(moved, "pad", batched=axis != 0, fill=fill, padding=config)
+    if axis == 0:
+        low.batched = False
+    tensor = low.tensor(e.operands[data[0]])
+    draft = Draft("pad", (tensor,), (("config", config),), e.scope, fill=fill)
+    low.tensors[e.outputs[0]] = low.finish(draft)
 
 
-@rule("convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "name")
+@rule("convert_element_type", "reduce_precision", "name")
 def _same(low: Lowerer, e: Equation) -> None:
     if not jnp.issubdtype(e.eqn.outvars[0].aval.dtype, jnp.floating):
         raise refusal(e, "it turns an activation into integers")
@@ -163,3 +153,8 @@ def _same(low: Lowerer, e: Equation) -> None:
     if grid_name(e) is not None:
         return low.place(e)
     low.tensors[out] = low.tensors[x]
+
+
+def rule_of(name: str) -> Rule | None:
+    """How a primitive that moves or compares is lowered; None of others."""
+    return RULES.get(name) or (moving if row(name).kind == "move" else None)
