@@ -9,9 +9,10 @@ from flax import linen as nn
 from jax import lax
 
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.formats import integer
 from jaxcompress.graph.absorb import absorbable, channels_of, ranges, rescale
 from jaxcompress.graph.matrices import layers
-from jaxcompress.quantize import fold_batch_norm
+from jaxcompress.quantize import Spec, fold_batch_norm, ptq
 
 pytestmark = pytest.mark.broad
 
@@ -376,3 +377,55 @@ def test_normalizations_of_hand_written_code():
     np.testing.assert_allclose(small["w"], p["w"] * scale, rtol=1e-6)
     assert sorted(small) == ["bias", "out", "w"]
     np.testing.assert_allclose(small["bias"], p["bias"] - p["mean"] * scale, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [lax.stop_gradient, lambda w: jax.device_put(w, jax.devices()[0]), lax.optimization_barrier],
+    ids=["stop_gradient", "device_put", "barrier"],
+)
+def test_a_weight_behind_an_identity_is_the_leaf(same):
+    params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+
+    def network(through):
+        return lambda p, x: jax.nn.relu(x @ through(p["up"])) @ through(p["down"])
+
+    x = jnp.ones((3, 4))
+    plain, behind = (absorbable(network(f), params, x).groups for f in (lambda w: w, same))
+    assert len(plain) == len(behind) == 1
+    for a, b in ((plain[0].producers, behind[0].producers),
+                 (plain[0].consumers, behind[0].consumers)):  # fmt: skip
+        assert [e.path for e in a] == [e.path for e in b]
+        assert all(np.array_equal(c.channel, d.channel) for c, d in zip(a, b, strict=True))
+    found = [layers(network(f), params, x) for f in (lambda w: w, same)]
+    assert not found[1].refused
+    for a, b in zip(found[0].layers, found[1].layers, strict=True):
+        assert a.path == b.path
+        assert np.array_equal(a.index, b.index)
+
+
+def test_pieces_of_a_split_leaf_are_views():
+    found = layers(
+        lambda p, x: sum(x @ w for w in jnp.split(p, 2, 1)), jnp.ones((4, 8)), jnp.ones((3, 4))
+    )
+    assert not found.refused
+    assert [layer.index[0, 0, 0].tolist() for layer in found.layers] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_data_driven_methods_take_a_weight_behind_an_identity():
+    # it used to be only rounded to nearest, as no layer
+    params = {
+        "up": jax.random.normal(jax.random.key(0), (6, 8)),
+        "down": jax.random.normal(jax.random.key(1), (8, 5)),
+    }
+    x = jax.random.normal(jax.random.key(2), (64, 6))
+    spec = {".*": Spec(integer(3))}
+    for method in (ptq.gptq, ptq.awq, ptq.adaround, ptq.equalize):
+        views = []
+        for same in (lambda w: w, lax.stop_gradient, lambda w: jnp.stack(jnp.unstack(w))):
+            fn = lambda p, x, same=same: jax.nn.relu(x @ same(p["up"])) @ same(p["down"])
+            new, state = method(fn, params, [(x,)], spec)
+            views.append(ptq.recipe(spec).apply(new, state))
+        for view in views[1:]:
+            for a, b in zip(jax.tree.leaves(views[0]), jax.tree.leaves(view), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

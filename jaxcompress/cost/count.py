@@ -67,7 +67,7 @@ def _stored(path: str, leaf: Any) -> Stored:
 
 def op_class(site: Site) -> str:
     """One of `device.OPS`."""
-    if site.primitive in compat.PRODUCTS:
+    if site.primitive != compat.CONV:
         return "matmul" if site.weight is None else "dense"
     rhs_in = site.config["dimension_numbers"].rhs_spec[1]
     kernel = site.operands[1].shape
@@ -95,7 +95,7 @@ def _met(site: Site) -> float:
 
 def _contracted(site: Site, weight: int) -> int:
     # The innermost contracted axis of the weight operand.
-    if site.primitive in compat.PRODUCTS:
+    if site.primitive != compat.CONV:
         return max(numbers_at(site).contracted[weight], default=-1)
     return site.config["dimension_numbers"].rhs_spec[1]
 
@@ -133,7 +133,7 @@ def channels(site: Site) -> tuple[int, int]:
     """Contracted and output channels of a contraction (of one group, per tap)."""
     weight = 1 if site.weight is None else site.weight
     shape = site.operands[weight].shape
-    if site.primitive not in compat.PRODUCTS:
+    if site.primitive == compat.CONV:
         outputs, inputs = (shape[i] for i in site.config["dimension_numbers"].rhs_spec[:2])
         return inputs, outputs
     found = numbers_at(site)

@@ -22,8 +22,9 @@ from jaxcompress.cost.memory import Arena, arena
 from jaxcompress.cost.operations import Work
 from jaxcompress.cost.result import CALL, OTHER, Cost, LayerCost
 from jaxcompress.cost.types import ActivationTypes
-from jaxcompress.graph import Site, compat
+from jaxcompress.graph import Site
 from jaxcompress.graph.inline import END, LOOP, Inlined, Trips, inline
+from jaxcompress.graph.primitives import names
 from jaxcompress.graph.trace import Program, trace_program
 from jaxcompress.graph.unentered import report
 
@@ -349,7 +350,7 @@ def _notes(seen: Analysis, inputs: Any, rows: list[_Row]) -> tuple[str, ...]:
 
 def _beyond(program: Program, flat: Inlined) -> list[str]:
     """What is not among the operations either; bodies for each device are."""
-    open_ones = {*compat.CONTRACTIONS, LOOP, END}
+    open_ones = {*names("contract"), LOOP, END}
     shut = {op.place for op in flat.ops if op.primitive not in open_ones}
     inside = lambda place: any(place[:depth] in shut for depth in range(1, len(place) + 1))
     return list(dict.fromkeys(text for place, text in program.beyond.items() if inside(place)))

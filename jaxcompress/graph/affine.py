@@ -32,6 +32,8 @@ def _rule(step: Step) -> Callable[[Step], None]:
     if name in _NAMED:
         return _NAMED[name]
     meaning, ports = row(name), len(step.op.operands)
+    if meaning.kind == "contract":
+        return product_of_arrays
     if meaning.kind in ("identity", "move"):
         return _pairs if meaning.kind == "identity" else moving
     if meaning.kind == "compare":
@@ -102,7 +104,6 @@ _NAMED: dict[str, Callable[[Step], None]] = {
     "select_n": _select,
     "mul": product,
     "div": quotient,
-    **dict.fromkeys(compat.PRODUCTS, product_of_arrays),
     compat.CONV: convolution,
     LOOP: enter_loop,
     END: leave_loop,

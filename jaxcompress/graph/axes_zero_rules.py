@@ -274,7 +274,7 @@ def flags_of(given: Given) -> list[frozenset[Atom]]:
     step, values, marks, _ = given
     name, carried = step.eqn.primitive.name, frozenset(marks.carried)
     named = [v for k, v in zip(step.eqn.invars, values, strict=True) if not compat.is_literal(k)]
-    if name not in compat.CONTRACTIONS and named:
+    if row(name).kind != "contract" and named:
         if all(marks.follows in value.flags for value in named):
             return [frozenset({marks.follows})] * len(step.outs)
     if row(name).kind == "identity":

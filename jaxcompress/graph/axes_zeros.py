@@ -78,10 +78,8 @@ class Zeroes(Domain):
         """By the rule of its kind."""
         given = Given(at[0], values, self.marks, at[1])
         name = eqn.primitive.name
-        if name in compat.PRODUCTS:
-            results = self._dot(given)
-        elif name == compat.CONV:
-            results = self._conv(given)
+        if row(name).kind == "contract":
+            results = (self._conv if name == compat.CONV else self._dot)(given)
         else:
             summed = row(name).neutral is not None
             results = self._reduce(given) if summed else results_of(given)

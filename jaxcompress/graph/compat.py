@@ -17,8 +17,6 @@ from jax.custom_derivatives import SymbolicZero as SymbolicZero
 from jax.interpreters import partial_eval
 
 DOT, CONV, RAGGED = "dot_general", "conv_general_dilated", "ragged_dot_general"
-PRODUCTS = frozenset({DOT, RAGGED})
-CONTRACTIONS = PRODUCTS | {CONV}
 JIT = frozenset({"jit", "pjit"})
 CALL = frozenset({"closed_call", "core_call", "core_closed_call"})
 REMAT = frozenset({"remat2", "checkpoint", "remat"})

@@ -30,7 +30,7 @@ def count(eqn: Any) -> Macs:
 
 
 def _count(eqn: Any) -> tuple[int, int]:
-    if eqn.primitive.name in compat.PRODUCTS:
+    if eqn.primitive.name != compat.CONV:
         total = multiply_accumulates(eqn)
         return total, total
     lhs, rhs = (v.aval.shape for v in eqn.invars)

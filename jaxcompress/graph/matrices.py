@@ -48,7 +48,7 @@ class Layer(NamedTuple):
         group), the last axis that a product sums over."""
         site, weight = self.site, self.site.weight or 0
         shape = site.operands[weight].shape
-        if site.primitive not in compat.PRODUCTS:
+        if site.primitive == compat.CONV:
             return shape[site.config["dimension_numbers"].rhs_spec[1]]
         contracted = _dot_axes(site, weight)[1]
         return shape[contracted[-1]] if contracted else 1
@@ -130,7 +130,7 @@ def _arranged(site: Site, index: np.ndarray) -> np.ndarray:
     depth = index.ndim - len(site.operands[site.weight or 0].shape)
     lead = index.shape[:depth]
     index = index.reshape(math.prod(lead), *index.shape[depth:])
-    if site.primitive in compat.PRODUCTS:
+    if site.primitive != compat.CONV:
         assert site.weight is not None
         return _dot_matrices(index, site, site.weight)
     out, into, *space = site.config["dimension_numbers"].rhs_spec
@@ -165,7 +165,7 @@ def rows(tap: Tap, x: Array) -> Array:
     rows in each of its parts, zeros where they are not among those that reach it (`reached`).
     """
     site = tap.site
-    if site.primitive in compat.PRODUCTS:
+    if site.primitive != compat.CONV:
         each = rows_of_operand(tap, x)
         inside = reached(tap, x)
         if inside is None:
@@ -274,7 +274,7 @@ def columns(tap: Tap, y: Any) -> Any:
     (1, 6, 8)
     """
     site = tap.site
-    if site.primitive in compat.PRODUCTS:
+    if site.primitive != compat.CONV:
         batch, _, free = _dot_axes(site, tap.operand)
         count, first = len(batch), tap.operand == 0
         other = y.ndim - count - len(free)

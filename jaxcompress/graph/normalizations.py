@@ -189,7 +189,7 @@ def _upstream(flat: Flat, at: int) -> set[Any]:
             continue
         seen.add(number)
         op = flat.ops[flat.definition[number]]
-        if op.primitive in compat.CONTRACTIONS:
+        if row(op.primitive).kind == "contract":
             found.add(op.place)
         else:
             work += op.inputs

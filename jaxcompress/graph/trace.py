@@ -14,6 +14,7 @@ from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.core.paths import leaves_with_paths, refuse_twins, unique
 from jaxcompress.graph import compat, flow, macs
 from jaxcompress.graph.follow import Findings, Found, Place, follow
+from jaxcompress.graph.primitives import row
 from jaxcompress.graph.sites import Graph, Site, Tap, shape_dtype, size
 
 
@@ -122,7 +123,7 @@ def _report(
         if item.unentered:
             beyond[item.place] = f"{item.unentered}: {', '.join(_weights(item, leaves)) or base}"
             unreachable.setdefault(base, item.unentered)
-            if item.eqn.primitive.name in compat.CONTRACTIONS:
+            if row(item.eqn.primitive.name).kind == "contract":
                 contractions[item.place] = _site(item, _unique(base, beyond_names), conds)
             continue
         is_site = any(item.active)

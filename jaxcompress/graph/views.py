@@ -174,6 +174,9 @@ def _viewed(op: Op, parts: dict[int, Part], broadcast: bool) -> Sequence[Part | 
     if not is_view(op.primitive) or None in given:
         return nothing
     found = [part for part in given if part]
+    shapes = [v.aval.shape for v in op.eqn.invars]
+    if [part.index.shape[part.depth :] for part in found] != shapes:  # those of one device
+        return nothing
     first, lead = found[0], found[0].index.shape[: found[0].depth]
     same = (first.path, first.depth, lead)
     if any((part.path, part.depth, part.index.shape[: part.depth]) != same for part in found):

@@ -58,7 +58,7 @@ def maps(tap: Tap, x: Array) -> Array:
 
     Products have no space: each of their rows is a sample.
     """
-    if tap.site.primitive in compat.PRODUCTS:
+    if tap.site.primitive != compat.CONV:
         x = rows_of_operand(tap, x)
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
     batch, channel, *space = tap.site.config["dimension_numbers"].lhs_spec
