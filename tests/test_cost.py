@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import sys
+from typing import Any
 
 import _cost
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 
 from jaxcompress import cost
 from jaxcompress.core.packed import packed_bytes
+from jaxcompress.cost.estimate import counts
 from jaxcompress.formats import granularity, integer, predicted_bytes
 
 
@@ -226,3 +228,13 @@ def test_reports(hand, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.table", None)
     with pytest.raises(ImportError, match=r'pip install "jaxcompress\[experiments\]"'):
         cost.table(got)
+
+
+@pytest.mark.skipif(not hasattr(lax, "polynomial"), reason="a primitive of JAX 0.12")
+def test_new_elementwise_primitives_are_counted():
+    x = jnp.ones((3, 4))
+    new: Any = lax
+    fn = lambda p, x: jnp.log2(new.one_minus_square(new.polynomial(x, (0.5, 0.0, 1.0))))
+    found = counts(fn, {}, x)
+    # Horner of degree 2: 2 products, 2 sums; a product and a difference; a logarithm
+    assert (found.flops, found.transcendentals, found.unruled) == (12 * 6, 12, ())

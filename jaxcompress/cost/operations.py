@@ -208,8 +208,8 @@ _RULES: dict[str, Callable[[Any, int], tuple[int, ...]]] = {
     "two": lambda eqn, out: (0, 0, 2 * out),
     "transcendental": lambda eqn, out: (0, 0, 0, out),
     "power": lambda eqn, out: (0, 0, out * _multiplications(eqn.params["y"])),
-    # a multiplication and an addition for each coefficient but the first
-    "polynomial": lambda eqn, out: (0, 0, 2 * out * (len(eqn.params["coefficients"]) - 1)),
+    # x and its coefficients: a multiplication and an addition for each but one
+    "polynomial": lambda eqn, out: (0, 0, 2 * out * (len(eqn.invars) - 2)),
     "contract": _contracted,
     "reduce": _reduced,
     "window": _windowed,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxcompress.graph import compat
 from jaxcompress.graph.affine_loops import enter_loop, leave_loop
 from jaxcompress.graph.affine_products import convolution, product, product_of_arrays, quotient
-from jaxcompress.graph.affine_views import INDEXED, moving
+from jaxcompress.graph.affine_views import moving, taking
 from jaxcompress.graph.inline import END, LOOP
 from jaxcompress.graph.ports import Step, link, same
 from jaxcompress.graph.primitives import row
@@ -36,6 +36,8 @@ def _rule(step: Step) -> Callable[[Step], None]:
         return product_of_arrays
     if meaning.kind in ("identity", "move"):
         return _pairs if meaning.kind == "identity" else moving
+    if meaning.kind == "index" and not meaning.update:
+        return taking
     if meaning.kind == "compare":
         return _compare
     if meaning.kind == "elementwise" and meaning.degree == 1:
@@ -107,5 +109,4 @@ _NAMED: dict[str, Callable[[Step], None]] = {
     compat.CONV: convolution,
     LOOP: enter_loop,
     END: leave_loop,
-    **INDEXED,
 }

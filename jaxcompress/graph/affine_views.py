@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcompress.graph.labels import Labels, cut, depends, embedded, reshaped
 from jaxcompress.graph.ports import Step, join, link
-from jaxcompress.graph.primitives import Pad, Permute, Regroup, Spread, Take, moved
+from jaxcompress.graph.primitives import Pad, Permute, Regroup, Spread, Take, moved, whole_axes
 
 Map = Callable[[Labels], Labels]
 Shape = tuple[int, ...]
@@ -111,31 +111,12 @@ _STEPS: dict[type, Callable[[Step, Any, Shape], tuple[Map, Map] | None]] = {
 }  # fmt: skip
 
 
-def _gather(step: Step) -> None:
-    # Axes that are taken whole pass; along the others any element may be taken.
-    numbers, sizes = step.params["dimension_numbers"], step.params["slice_sizes"]
-    fill = step.params["fill_value"]
+def taking(step: Step) -> None:
+    """Axes that are taken whole pass; along the others any element may be taken."""
+    fill = step.params.get("fill_value")
     if fill is not None and abs(fill) > 0:  # NaN may stand for what lies outside
         return step.fix_all()
-    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    window = [axis for axis in range(len(sizes)) if axis not in gone]
-    pairs = zip(window, sorted(numbers.offset_dims), strict=True)
-    _taken(step, [(a, b) for a, b in pairs if sizes[a] == step.shape(0)[a]])
-
-
-def _dynamic_slice(step: Step) -> None:
-    shapes = zip(step.shape(0), step.shape(-1), strict=True)
-    _taken(step, [(axis, axis) for axis, (n, m) in enumerate(shapes) if n == m])
-
-
-def _taken(step: Step, pairs: Sequence[tuple[int, int]]) -> None:
-    source, target = ([pair[k] for pair in pairs] for k in (0, 1))
+    pairs = whole_axes(step.op.eqn)
+    source, target = ([pair[side] for pair in pairs] for side in (0, 1))
     for sign in (1, -1):
         join(step, 0, source, -1, target, signs=(sign, sign))
-
-
-INDEXED: dict[str, Callable[[Step], None]] = {
-    "gather": _gather,
-    "dynamic_slice": _dynamic_slice,
-}
-"""Those whose operands say which elements are taken."""

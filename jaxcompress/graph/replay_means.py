@@ -9,9 +9,7 @@ import numpy as np
 from jaxcompress.graph import compat
 from jaxcompress.graph.axes_scopes import Scope
 from jaxcompress.graph.axes_terms import Term, count, size
-
-# What may lie between the sum and the division.
-BETWEEN = frozenset("broadcast_in_dim convert_element_type reshape squeeze".split())
+from jaxcompress.graph.primitives import row
 
 
 def renormalised(scope: Scope, keep: Callable[[Term], Any]) -> Mapping[int, Any]:
@@ -31,7 +29,7 @@ def renormalised(scope: Scope, keep: Callable[[Term], Any]) -> Mapping[int, Any]
                 counts[eqn.outvars[0]] = old, new
             continue
         known = [None if compat.is_literal(v) else counts.get(v) for v in eqn.invars]
-        if name in BETWEEN and known[0]:
+        if known[0] and _between(name):
             counts[eqn.outvars[0]] = known[0]
         elif name in ("div", "mul"):
             for i, pair in enumerate(known):
@@ -41,3 +39,9 @@ def renormalised(scope: Scope, keep: Callable[[Term], Any]) -> Mapping[int, Any]
                     if np.isclose(float(other.val), old, rtol=1e-6):
                         found[place] = compat.with_literal(eqn, 1 - i, new)
     return found
+
+
+def _between(name: str) -> bool:
+    # What may lie between the sum and the division: moves of the whole, casts.
+    meaning = row(name)
+    return meaning.kind in ("identity", "move") or (meaning.elementwise and meaning.work == "")

@@ -99,8 +99,6 @@ def _tile(cut: Cut, p: dict[str, Any]) -> dict[str, Any]:
 RESIZE: dict[str, Callable[[Cut, dict[str, Any]], dict[str, Any]]] = {
     "broadcast_in_dim": _broadcast,
     compat.CONV: _conv,
-    "dynamic_slice": lambda cut, p: {"slice_sizes": cut.sliced(p["slice_sizes"])},
-    "gather": lambda cut, p: {"slice_sizes": cut.sliced(p["slice_sizes"])},
     "iota": _broadcast,
     "pad": _pad,
     "reshape": lambda cut, p: {"new_sizes": cut.shape()},
@@ -113,5 +111,7 @@ RESIZE: dict[str, Callable[[Cut, dict[str, Any]], dict[str, Any]]] = {
 def resized(cut: Cut) -> dict[str, Any]:
     """The parameters of the equation with the new sizes."""
     params = dict(cut.step.eqn.params)
+    if "slice_sizes" in params:  # of what is taken at some places
+        return {**params, "slice_sizes": cut.sliced(params["slice_sizes"])}
     rule = RESIZE.get(cut.step.eqn.primitive.name)
     return {**params, **rule(cut, params)} if rule else params

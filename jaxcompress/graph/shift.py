@@ -132,7 +132,7 @@ def _fits(flat: Flat, layer: Layer, bias: Bias) -> bool:
         return False
     if layer.index.shape[0] > 1 or math.prod(site.loops) > 1 or not _private(flat, bias.path):
         return False
-    if site.primitive == compat.DOT:
+    if site.primitive != compat.CONV:
         return True
     dilated = any(n > 1 for n in config["lhs_dilation"])
     return not dilated and all(low <= 0 and high <= 0 for low, high in config["padding"])

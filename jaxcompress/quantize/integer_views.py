@@ -76,7 +76,6 @@ def _stepped(low: Lowerer, e: Equation, tensor: int, shape: Shape, step: Any) ->
     return low.finish(Draft(kind, (tensor,), config, e.scope, fill=fill)), after
 
 
-@rule("gather", "dynamic_slice")
 def _indexed(low: Lowerer, e: Equation) -> None:
     # At known positions, which must be those of a slice: x[:, ::2] is a gather in JAX 0.8.
     x, *positions = e.operands
@@ -157,4 +156,7 @@ def _same(low: Lowerer, e: Equation) -> None:
 
 def rule_of(name: str) -> Rule | None:
     """How a primitive that moves or compares is lowered; None of others."""
-    return RULES.get(name) or (moving if row(name).kind == "move" else None)
+    meaning = row(name)
+    if meaning.kind == "index" and not meaning.update:
+        return _indexed
+    return RULES.get(name) or (moving if meaning.kind == "move" else None)

@@ -11,10 +11,11 @@ from jaxcompress.graph.primitives.movement import (
     move,
     moved,
     taken,
+    whole_axes,
 )
 from jaxcompress.graph.primitives.table import Row, degree_of, names, row, rows
 
 __all__ = [
     "Moved", "Pad", "Permute", "Regroup", "Row", "Spread", "Take", "declare", "degree_of", "move",
-    "moved", "names", "row", "rows", "taken",
+    "moved", "names", "row", "rows", "taken", "whole_axes",
 ]  # fmt: skip

@@ -242,6 +242,22 @@ def taken(eqn: Any, shape: Shape, positions: Sequence[Any]) -> np.ndarray | None
     return np.where((result < 0) | (result >= math.prod(shape)), -1, result)
 
 
+def whole_axes(eqn: Any) -> list[tuple[int, int]]:
+    """Axes that are taken whole, of an equation that takes slices at some places.
+
+    Pairs of an axis of the first operand and the axis of the result that it becomes.
+    """
+    shape, sizes = tuple(eqn.invars[0].aval.shape), eqn.params["slice_sizes"]
+    numbers = eqn.params.get("dimension_numbers")
+    if numbers is None:
+        pairs = [(axis, axis) for axis in range(len(shape))]
+    else:
+        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        window = [axis for axis in range(len(sizes)) if axis not in gone]
+        pairs = list(zip(window, sorted(numbers.offset_dims), strict=True))
+    return [(a, b) for a, b in pairs if sizes[a] == shape[a]]
+
+
 def _is(size: Any, n: Any) -> bool:
     # Equal for all values of symbols.
     return bool(compat.at_most(size, n) and compat.at_most(n, size))
