@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
 
 import jaxcompress as jc
 from jaxcompress.cost.estimate import counts
@@ -108,7 +109,7 @@ def test_scales_pass_what_is_homogeneous():
 
 
 def test_a_primitive_of_ones_own_needs_no_kernel():
-    mine = jax.extend.core.Primitive("a_primitive_of_mine")
+    mine = Primitive("a_primitive_of_mine")
     mine.def_impl(lambda x: 2 * x)
     mine.def_abstract_eval(lambda x: x)
     fn = lambda p, x: mine.bind(x @ p["up"]) @ p["down"]

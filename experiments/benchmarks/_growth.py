@@ -48,9 +48,9 @@ def main(entry: str, layers: int, seed: int) -> dict:
         return make_jaxpr(*args, **kwargs)
 
     jax.make_jaxpr = counted
-    event = "/jax/core/compile/backend_compile_duration"
+    backend = "/jax/core/compile/backend_compile_duration"
     monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(1) if name == event else None
+        lambda event, *_, **__: compiled.append(1) if event == backend else None
     )
     jax.block_until_ready(x)
     compiled.clear()
