@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcompress.export import container, zstd
+from jaxcompress.export import container
+from jaxcompress.export.checkpoint import zstandard_frame
 
 Rng = np.random.Generator
 
@@ -237,7 +238,7 @@ def crafted(rng: Rng) -> bytes:
 def frame(size: int, content: bytes, repeated: int) -> bytes:
     """A Zstandard frame that says `size`: a raw block, and so many of 128 KiB of zeros."""
     block = lambda kind, count, last: (count << 3 | kind << 1 | last).to_bytes(3, "little")
-    head = zstd.MAGIC + b"\xe0" + size.to_bytes(8, "little")
+    head = zstandard_frame.MAGIC + b"\xe0" + size.to_bytes(8, "little")
     zeros = (block(1, 2**17, 0) + b"\0") * repeated
     return head + block(0, len(content), 0) + content + zeros + block(0, 0, 1)
 
@@ -246,7 +247,7 @@ def _bomb(raw: bytes, rng: Rng) -> bytes:
     """A frame of a few kB that holds, or says that it holds, far more."""
     repeated = int(10 ** rng.uniform(0, 4))
     true = len(raw) + repeated * 2**17
-    window = zstd.MAGIC + b"\xc0\xff" + frame(len(raw), raw, 0)[5:]  # of 3.75 TB
+    window = zstandard_frame.MAGIC + b"\xc0\xff" + frame(len(raw), raw, 0)[5:]  # of 3.75 TB
     header = raw[: min(len(raw), 2**16)]
     length = (repeated * 2**17).to_bytes(8, "little")
     zeros = jax.ShapeDtypeStruct((repeated * 2**17,), np.uint8)
@@ -263,7 +264,7 @@ def _bomb(raw: bytes, rng: Rng) -> bytes:
 
 
 def _pack(raw: bytes, rng: Rng) -> bytes:
-    return zstd.compress([raw], f"zstd:{int(rng.integers(1, 4))}")
+    return zstandard_frame.compress([raw], f"zstd:{int(rng.integers(1, 4))}")
 
 
 def mutated(raw: bytes, index: int, seed: int) -> Mutant:

@@ -19,9 +19,9 @@ import jax
 import jaxcompress as jc
 from experiments._report import Options, Report, run
 from experiments.models.zoo import DeepResNetCifar
-from jaxcompress.cost.clock import interleaved
 from jaxcompress.cost.host import measure
-from jaxcompress.cost.probes import timings
+from jaxcompress.cost.timing.clock import interleaved
+from jaxcompress.cost.timing.probes import timings
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 

@@ -25,10 +25,10 @@ from experiments._report import Options, Report, run
 from experiments.data import Digits, load_digits_split
 from experiments.evaluate import top1
 from experiments.training import fit
-from jaxcompress.graph.absorb import absorbable, rescale
-from jaxcompress.quantize.ptq.equalize import equalize
+from jaxcompress.graph.scaling.migration import absorbable, rescale
+from jaxcompress.quantize.ptq.cross_layer_equalization import equalize
+from jaxcompress.quantize.ptq.leaf_specs import Spec, recipe
 from jaxcompress.quantize.ptq.nearest import round_to_nearest
-from jaxcompress.quantize.ptq.spec import Spec, recipe
 
 BATCH = 64
 LEARNING_RATE = 4e-3

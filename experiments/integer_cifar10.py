@@ -23,8 +23,12 @@ import jaxcompress as jc
 from experiments._report import Options, Report, run
 from experiments.data import cifar10_normalise, load_cifar10
 from experiments.models import resnet_cifar
-from jaxcompress.cost.clock import interleaved
-from jaxcompress.quantize.integer import IntegerProgram, float_operations, integer_only
+from jaxcompress.cost.timing.clock import interleaved
+from jaxcompress.quantize.integer.integer_program import (
+    IntegerProgram,
+    float_operations,
+    integer_only,
+)
 
 BATCH = 50
 

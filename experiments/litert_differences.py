@@ -27,9 +27,9 @@ from experiments._report import Options, Report, run
 from experiments.benchmarks.deploy import Args as DeployArgs
 from experiments.benchmarks.deploy import Networks, rounded_once
 from experiments.data import cifar10_normalise, load_cifar10
-from jaxcompress.export.benchmark import outputs
+from jaxcompress.export.benchmarks import outputs
 from jaxcompress.export.sessions import session
-from jaxcompress.quantize.integer_simulate import simulate_node
+from jaxcompress.quantize.integer.simulated_steps import simulate_node
 
 ADD_BITS = 20  # of an addition's multipliers, below the leading one of the larger
 

@@ -28,8 +28,8 @@ import jaxcompress as jc
 from experiments._report import Options, Report, run
 from experiments.data import load_digits_split
 from jaxcompress.core import packed_bytes
-from jaxcompress.graph.capture import capture
-from jaxcompress.graph.matrices import layers
+from jaxcompress.graph.layers.matrices import layers
+from jaxcompress.graph.layers.statistics import capture
 from jaxcompress.quantize import Spec, gptq, min_max, mse
 from jaxcompress.quantize import recipe as recipe_of
 

@@ -45,9 +45,9 @@ from experiments.evaluate import top1
 from experiments.models import resnet_cifar
 from experiments.training import fit, mirror_augment
 from jaxcompress.graph import axes
-from jaxcompress.prune.coupled import group_masks
-from jaxcompress.prune.groups import group_macs, groups_for_macs
-from jaxcompress.prune.shrink import shrink
+from jaxcompress.prune.channels.choose import group_macs, groups_for_macs
+from jaxcompress.prune.channels.coupled import group_masks
+from jaxcompress.prune.channels.smaller_networks import shrink
 
 UNSTRUCTURED = (50, 70, 80, 90, 95)
 CHANNELS = (20, 35, 50, 65, 80)

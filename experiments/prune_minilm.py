@@ -22,9 +22,9 @@ import jaxcompress as jc
 from experiments import sts
 from experiments._report import Options, Report, run
 from experiments.models import minilm
-from jaxcompress.prune.calibrated import Share
-from jaxcompress.prune.sparse_gpt import sparse_gpt
-from jaxcompress.prune.wanda import wanda
+from jaxcompress.prune.from_calibration.calibrated import Share
+from jaxcompress.prune.from_calibration.sparsegpt import sparse_gpt
+from jaxcompress.prune.from_calibration.wanda_masks import wanda
 from jaxcompress.quantize import Spec
 
 KERNELS = ".*kernel"

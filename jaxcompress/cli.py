@@ -21,10 +21,10 @@ from typing import Any
 
 from jaxcompress import cli_models, cost, formats
 from jaxcompress.core.paths import near_misses
-from jaxcompress.export import foreign
-from jaxcompress.export.container_read import read_header
-from jaxcompress.export.stream import Progress, StreamReport, quantize_file
-from jaxcompress.export.stream_read import inspect
+from jaxcompress.export.checkpoint import foreign
+from jaxcompress.export.checkpoint.container_reader import read_header
+from jaxcompress.export.checkpoint.stream_read import inspect
+from jaxcompress.export.checkpoint.streaming import Progress, StreamReport, quantize_file
 
 _INTERVAL_S = 5.0  # between two lines of progress, where there is no bar
 

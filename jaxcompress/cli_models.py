@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import cost
-from jaxcompress.export.checkpoint import Checkpoint, load
+from jaxcompress.export.checkpoint.packed_file import Checkpoint, load
 
 _MODEL = "MODULE:NAME of apply_fn(params, *inputs), or MODULE:NAME(ARGUMENTS) of what returns it"
 
@@ -209,13 +209,13 @@ def describe(path: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {"file_bytes": path.stat().st_size}
     if path.suffix == ".onnx":
-        from jaxcompress.export.onnx_graph import require_onnx
+        from jaxcompress.export.onnx_format.onnx_graph import require_onnx
 
         model = require_onnx().load(path)
         found["operators"] = Counter(node.op_type for node in model.graph.node)
         found["opset"] = model.opset_import[0].version
     elif path.suffix == ".tflite":
-        from jaxcompress.export.litert_file import contents
+        from jaxcompress.export.litert_format.flatbuffer import contents
 
         inside = contents(path.read_bytes())
         found["integer"] = inside.integer
@@ -231,7 +231,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from jaxcompress.export.benchmark import benchmark, outputs
+    from jaxcompress.export.benchmarks import benchmark, outputs
     from jaxcompress.export.sessions import session
 
     for name in ("threads", "repeats", "batch"):

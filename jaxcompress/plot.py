@@ -6,8 +6,8 @@ from typing import Any
 from jaxcompress.cost import Cost
 from jaxcompress.cost.report import contractions
 from jaxcompress.cost.result import LayerCost
-from jaxcompress.search.measured import Sensitivity
-from jaxcompress.search.pareto import Front
+from jaxcompress.search.sensitivities.measured import Sensitivity
+from jaxcompress.search.solvers.pareto_front import Front
 
 _COLORS = {"compute": "tab:blue", "memory": "tab:orange", "overhead": "tab:gray", "": "tab:gray"}
 

@@ -10,8 +10,8 @@ from jax import lax
 
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.formats import integer
-from jaxcompress.graph.absorb import absorbable, channels_of, ranges, rescale
-from jaxcompress.graph.matrices import layers
+from jaxcompress.graph.layers.matrices import layers
+from jaxcompress.graph.scaling.migration import absorbable, channels_of, ranges, rescale
 from jaxcompress.quantize import Spec, fold_batch_norm, ptq
 
 pytestmark = pytest.mark.broad

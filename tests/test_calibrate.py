@@ -8,7 +8,7 @@ import pytest
 from jaxcompress import core, formats, quantize
 from jaxcompress.formats import granularity, half_away, half_even, integer, stochastic
 from jaxcompress.quantize import fake_quant
-from jaxcompress.quantize.calibrate import range_of
+from jaxcompress.quantize.ranges.min_max import range_of
 
 pytestmark = pytest.mark.broad
 
@@ -190,7 +190,7 @@ def test_moving_average_by_hand():
 
 
 def test_histogram_grows_without_losing_a_count():
-    from jaxcompress.quantize import histogram
+    from jaxcompress.quantize.ranges import histogram
 
     x = [HEAVY[:2] * 1e-3, HEAVY[2:5], jnp.zeros((1, 7)), HEAVY[5:] * 1e6]
     state = histogram.empty((1, 1))

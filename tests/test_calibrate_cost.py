@@ -11,9 +11,10 @@ from _cost import SHAPE, quantized
 
 from experiments import cost_validation
 from jaxcompress import cost
-from jaxcompress.cost import host, probes
-from jaxcompress.cost.calibrate import error_bound
-from jaxcompress.cost.device import OPS
+from jaxcompress.cost import host
+from jaxcompress.cost.device_model import OPS
+from jaxcompress.cost.timing import probes
+from jaxcompress.cost.timing.board_calibration import error_bound
 
 pytestmark = pytest.mark.broad
 

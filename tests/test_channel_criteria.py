@@ -8,9 +8,9 @@ from jax import lax
 
 import jaxcompress as jc
 from jaxcompress.graph import compat
-from jaxcompress.prune import activity
-from jaxcompress.prune.activity import apoz, hrank, map_ranks, on_off_entropy
-from jaxcompress.prune.filters import (
+from jaxcompress.prune.channels import activity
+from jaxcompress.prune.channels.activity import apoz, hrank, map_ranks, on_off_entropy
+from jaxcompress.prune.channels.filters import (
     afie,
     filter_norms,
     fpgm,

@@ -18,9 +18,10 @@ from _trees import bits_equal
 import jaxcompress as jc
 from jaxcompress.cli import main
 from jaxcompress.core.storage.container import of_bytes
-from jaxcompress.export import container, load, save, stream_pack, stream_write
-from jaxcompress.export.stream import quantize_file
-from jaxcompress.export.stream_read import inspect, open_source
+from jaxcompress.export import container, load, save
+from jaxcompress.export.checkpoint import stream_pack, stream_write
+from jaxcompress.export.checkpoint.stream_read import inspect, open_source
+from jaxcompress.export.checkpoint.streaming import quantize_file
 
 pytestmark = pytest.mark.broad
 
@@ -284,7 +285,7 @@ LIMITED = """
 import os, resource, sys
 import numpy as np
 import jaxcompress as jc
-from jaxcompress.export.stream import quantize_file
+from jaxcompress.export.checkpoint.streaming import quantize_file
 source, target, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 calls = {

@@ -18,7 +18,7 @@ from experiments._mutate import frame, seal, split
 from jaxcompress.core import Bitmask, Groups, Rows
 from jaxcompress.core.packed import mask_leaf
 from jaxcompress.export import container, entropy_bytes, file_size, inspect, load, save
-from jaxcompress.export.stream import quantize_file
+from jaxcompress.export.checkpoint.streaming import quantize_file
 from jaxcompress.formats import integer, k_means
 
 pytestmark = pytest.mark.broad

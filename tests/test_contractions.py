@@ -16,9 +16,9 @@ import jaxcompress as jc
 from jaxcompress.cost import devices, estimate
 from jaxcompress.formats import integer
 from jaxcompress.graph import Unentered, axes, trace, walk
-from jaxcompress.graph.absorb import absorbable, rescale
-from jaxcompress.graph.capture import capture
-from jaxcompress.graph.matrices import columns, layers, rows
+from jaxcompress.graph.layers.matrices import columns, layers, rows
+from jaxcompress.graph.layers.statistics import capture
+from jaxcompress.graph.scaling.migration import absorbable, rescale
 from jaxcompress.prune import shrink, sparse_gpt, wanda
 from jaxcompress.quantize import Spec, per_token, weights
 from jaxcompress.quantize import activations as quantize_activations

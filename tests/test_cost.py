@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxcompress import cost
 from jaxcompress.core.packed import packed_bytes
-from jaxcompress.cost.estimate import counts
+from jaxcompress.cost.estimation import counts
 from jaxcompress.formats import granularity, integer, predicted_bytes
 
 

@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from jaxcompress.prune import PruneState, mask_gradients, masks, sparsity_of
-from jaxcompress.prune.criteria import (
+from jaxcompress.prune.masking.magnitudes import magnitude
+from jaxcompress.prune.masking.schedules import linear, one_shot
+from jaxcompress.prune.saliency.criteria import (
     filter_norm,
     movement,
     quantile,
@@ -17,9 +19,7 @@ from jaxcompress.prune.criteria import (
     taylor,
     threshold,
 )
-from jaxcompress.prune.lamp import lamp, lamp_scores
-from jaxcompress.prune.magnitude import magnitude
-from jaxcompress.prune.schedules import linear, one_shot
+from jaxcompress.prune.saliency.layer_adaptive import lamp, lamp_scores
 
 pytestmark = pytest.mark.broad
 

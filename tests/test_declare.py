@@ -8,10 +8,10 @@ from jax.experimental import pallas as pl
 from jax.extend.core import Primitive
 
 import jaxcompress as jc
-from jaxcompress.cost.estimate import counts
+from jaxcompress.cost.estimation import counts
 from jaxcompress.formats import integer
-from jaxcompress.graph.absorb import absorbable
-from jaxcompress.prune.shrink import shrink
+from jaxcompress.graph.scaling.migration import absorbable
+from jaxcompress.prune.channels.smaller_networks import shrink
 from jaxcompress.quantize import Spec, ptq
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from jaxcompress import cost
 from jaxcompress.cost import dtypes
-from jaxcompress.cost.device import GRADES
-from jaxcompress.cost.energy import mac_pj, node_table
+from jaxcompress.cost.device_model import GRADES
+from jaxcompress.cost.energies import mac_pj, node_table
 
 pytestmark = pytest.mark.broad
 

@@ -11,11 +11,17 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.prune import cubic, masks
-from jaxcompress.prune.backward import backward_masks, sr_ste, ste, top_kast, top_kast_penalty
-from jaxcompress.prune.dynamic import rigl, snfs, sparse_evolutionary, static_sparse
-from jaxcompress.prune.grow import Cosine, rewire
-from jaxcompress.prune.optimizer import dynamic_optimizer
-from jaxcompress.prune.phases import ac_dc, alternating
+from jaxcompress.prune.sparse_training.backward import (
+    backward_masks,
+    sr_ste,
+    ste,
+    top_kast,
+    top_kast_penalty,
+)
+from jaxcompress.prune.sparse_training.dense_and_sparse import ac_dc, alternating
+from jaxcompress.prune.sparse_training.dynamic import rigl, snfs, sparse_evolutionary, static_sparse
+from jaxcompress.prune.sparse_training.optimizers import dynamic_optimizer
+from jaxcompress.prune.sparse_training.rewiring import Cosine, rewire
 
 pytestmark = pytest.mark.broad
 

@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
-from jaxcompress.prune import entropy as en
-from jaxcompress.prune import taps
-from jaxcompress.prune.entropy import activation_entropy
+from jaxcompress.prune.channels import entropies as en
+from jaxcompress.prune.channels import input_channels
+from jaxcompress.prune.channels.entropies import activation_entropy
 
 pytestmark = pytest.mark.broad
 
@@ -235,7 +235,7 @@ def test_a_second_call_does_not_compile_again_and_shards_give_the_same():
     ends = {"grouped": (0.0, 1.0)}
     run = lambda x: activation_entropy(net, PARAMS, [(x,)], sites="grouped", range=ends)
     whole = run(X)
-    observe: Any = taps._observe
+    observe: Any = input_channels._observe
     programs = observe._cache_size()
     assert bits_equal(run(X + 0.0), whole) and observe._cache_size() == programs
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))

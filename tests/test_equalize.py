@@ -15,12 +15,16 @@ from jaxcompress import formats, quantize
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph import walk
-from jaxcompress.graph.absorb import absorbable, ranges
-from jaxcompress.graph.shift import shiftable
+from jaxcompress.graph.scaling.bias_absorption import shiftable
+from jaxcompress.graph.scaling.migration import absorbable, ranges
 from jaxcompress.quantize.ptq.batch_norm import fold_batch_norm
-from jaxcompress.quantize.ptq.equalize import absorb_high_bias, equal_scales, equalize
+from jaxcompress.quantize.ptq.cross_layer_equalization import (
+    absorb_high_bias,
+    equal_scales,
+    equalize,
+)
+from jaxcompress.quantize.ptq.leaf_specs import Spec, recipe
 from jaxcompress.quantize.ptq.smooth import activation_scales, awq, smooth_quant
-from jaxcompress.quantize.ptq.spec import Spec, recipe
 
 pytestmark = pytest.mark.broad
 

@@ -9,10 +9,10 @@ import pytest
 from jax import lax
 
 import jaxcompress as jc
-from jaxcompress.graph.axes import axes
-from jaxcompress.prune.coupled import group_masks
-from jaxcompress.prune.shrink import shrink
-from jaxcompress.prune.state import apply_masks
+from jaxcompress.graph.coupling.dependency_graph import axes
+from jaxcompress.prune.channels.coupled import group_masks
+from jaxcompress.prune.channels.smaller_networks import shrink
+from jaxcompress.prune.masking.mask_state import apply_masks
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.cli import main
 from jaxcompress.cli_models import function, shaped
-from jaxcompress.export.benchmark import outputs
+from jaxcompress.export.benchmarks import outputs
 from jaxcompress.export.sessions import example, session
 
 pytestmark = pytest.mark.broad

@@ -12,8 +12,8 @@ from jax import lax
 
 import jaxcompress as jc
 from jaxcompress.core.packed import quantize
-from jaxcompress.export.marked_program import marked_program
-from jaxcompress.export.marked_weights import marked_weights
+from jaxcompress.export.litert_format.marked_program import marked_program
+from jaxcompress.export.litert_format.marked_weights import marked_weights
 from jaxcompress.formats import granularity_for, integer
 from jaxcompress.formats.scales import QParams
 from tests._models import equinox_mlp, nnx_cnn, transformer

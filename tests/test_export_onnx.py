@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxcompress as jc
-from jaxcompress.export import onnx_graph
+from jaxcompress.export.onnx_format import onnx_graph
 
 EMPTY: dict = {}
 # The tests run the files themselves.

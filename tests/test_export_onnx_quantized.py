@@ -16,8 +16,8 @@ from onnx import numpy_helper
 import jaxcompress as jc
 from experiments.situations import fallbacks
 from jaxcompress.export.marks import mark
-from jaxcompress.export.onnx_codes import Codes, of_leaf
-from jaxcompress.export.onnx_stored import Stored
+from jaxcompress.export.onnx_format.constants.codes import Codes, of_leaf
+from jaxcompress.export.onnx_format.constants.stored import Stored
 
 pytestmark = pytest.mark.broad
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.export.rounded import with_rounding
+from jaxcompress.export.perturbed import with_rounding
 from jaxcompress.export.verify import example_inputs, verified
 
 
@@ -59,7 +59,7 @@ def test_what_rounding_does_not_explain_is_an_error(wrong):
 
 def test_codes_may_differ_by_one_step_and_not_by_two():
     program = jc.quantize.integer_only(dense_only, {"w": W}, [jnp.asarray(X)])
-    from jaxcompress.export.marked_program import marked_program
+    from jaxcompress.export.litert_format.marked_program import marked_program
 
     marked, step = marked_program(program), float(program.grids[program.output].qparams.scale)
     y = np.asarray(marked(jnp.asarray(X)))
@@ -107,7 +107,9 @@ def test_a_litert_file_that_is_wrong_is_not_left(tmp_path, monkeypatch):
     path.write_bytes(b"old")
     other = jc.export.litert(dense, {"w": W + 0.01}, X, path=tmp_path / "b.tflite")
     content = other.path.read_bytes()
-    monkeypatch.setattr(sys.modules["jaxcompress.export.litert"], "convert", lambda *_: content)
+    monkeypatch.setattr(
+        sys.modules["jaxcompress.export.litert_format.litert_file"], "convert", lambda *_: content
+    )
     with pytest.raises(ValueError, match="litert: the file that was written differs"):
         jc.export.litert(dense, {"w": W}, X, path=path)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
@@ -152,7 +154,7 @@ def test_an_integer_program_runs_as_it_is_written(activations, tmp_path):
 
 def test_an_onnx_file_that_is_wrong_is_not_left(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
-    module = sys.modules["jaxcompress.export.onnx_file"]
+    module = sys.modules["jaxcompress.export.onnx_format.onnx_file"]
     path, other = tmp_path / "a.onnx", tmp_path / "b.onnx"
     path.write_bytes(b"old")
     wrong = {

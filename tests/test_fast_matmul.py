@@ -10,7 +10,8 @@ import pytest
 from jaxcompress import formats, quantize
 from jaxcompress.core.packed import mask_leaf, unpack
 from jaxcompress.core.pytrees import packed_bytes
-from jaxcompress.quantize import FastMatrix, fast_matmul, fast_matrix, matmul_layout
+from jaxcompress.quantize import FastMatrix, fast_matmul, fast_matrix
+from jaxcompress.quantize.matmul import layout
 
 pytestmark = pytest.mark.broad
 
@@ -96,7 +97,7 @@ def test_groups_along_the_inputs(width, group):
 @pytest.mark.parametrize("group", [None, 8])
 def test_channels_in_several_blocks(monkeypatch, group):
     # 24 inputs: blocks of 1000 // 24 channels at most, 103 in three of 35, two of them padding
-    monkeypatch.setattr(matmul_layout, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(layout, "_BLOCK_BYTES", 1000)
     x = normal(3, 24)
     leaf = packed(normal(24, 103, seed=1), formats.integer(4), group=group)
     matrix = fast_matrix(leaf)
@@ -204,7 +205,7 @@ def test_no_copy_of_the_weights_is_made(bits, rows):
     compiled = jax.jit(fast_matmul).lower(x, matrix).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None
-    allowed = 2**18 if bits == 8 else 2 * matmul_layout._BLOCK_BYTES + 2**19
+    allowed = 2**18 if bits == 8 else 2 * layout._BLOCK_BYTES + 2**19
     assert analysis.temp_size_in_bytes < allowed
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jaxcompress import formats, quantize
 from jaxcompress.core.packed import fake_quantize, unpack
 from jaxcompress.core.packed import quantize as pack
-from jaxcompress.quantize.weights import qparams_of
+from jaxcompress.quantize.fake_quantized_weights import qparams_of
 
 pytestmark = pytest.mark.broad
 

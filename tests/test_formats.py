@@ -16,7 +16,7 @@ from jaxcompress.formats import (
     unpack_bits,
 )
 from jaxcompress.quantize import fake_quant, min_max
-from jaxcompress.quantize.weights import qparams_of
+from jaxcompress.quantize.fake_quantized_weights import qparams_of
 
 
 def reference_affine(x, bits, symmetric, narrow=True):

@@ -23,10 +23,10 @@ from jaxcompress.formats import (
 )
 from jaxcompress.formats.elementwise import elementwise
 from jaxcompress.graph import walk
-from jaxcompress.graph.biases import biases
-from jaxcompress.graph.capture import capture, stream
-from jaxcompress.graph.matrices import columns, layers, rows
-from jaxcompress.quantize.weights import qparams_of
+from jaxcompress.graph.layers.biases import biases
+from jaxcompress.graph.layers.matrices import columns, layers, rows
+from jaxcompress.graph.layers.statistics import capture, stream
+from jaxcompress.quantize.fake_quantized_weights import qparams_of
 
 
 def draw(*shape, seed=0):

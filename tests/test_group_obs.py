@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.graph.axes import axes
-from jaxcompress.prune.group_obs import group_obs
+from jaxcompress.graph.coupling.dependency_graph import axes
+from jaxcompress.prune.channels.least_squares import group_obs
 
 pytestmark = pytest.mark.broad
 

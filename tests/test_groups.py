@@ -5,11 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.graph.axes import axes
-from jaxcompress.prune.coupled import group_masks
-from jaxcompress.prune.group_scores import gated, group_fisher, group_norms, group_taylor
-from jaxcompress.prune.groups import channel_macs, choose_groups, group_macs, groups_for_macs
-from jaxcompress.prune.state import apply_masks
+from jaxcompress.graph.coupling.dependency_graph import axes
+from jaxcompress.prune.channels.choose import (
+    channel_macs,
+    choose_groups,
+    group_macs,
+    groups_for_macs,
+)
+from jaxcompress.prune.channels.coupled import group_masks
+from jaxcompress.prune.channels.gate_scores import gated, group_fisher, group_norms, group_taylor
+from jaxcompress.prune.masking.mask_state import apply_masks
 
 pytestmark = pytest.mark.broad
 

@@ -14,14 +14,14 @@ from jax import lax
 
 import jaxcompress as jc
 from jaxcompress.formats import integer
-from jaxcompress.quantize.integer import (
+from jaxcompress.quantize.integer.integer_program import (
     IntegerProgram,
     assert_integer_only,
     differing_codes,
     float_operations,
     integer_only,
 )
-from jaxcompress.quantize.requantize import fixed_multiplier, requantize, rounded_product
+from jaxcompress.quantize.integer.requantize import fixed_multiplier, requantize, rounded_product
 from tests._models import nnx_cnn
 
 pytestmark = pytest.mark.broad

@@ -14,7 +14,7 @@ from jax import lax
 from experiments.models.zoo import ZOO
 from jaxcompress import cost
 from jaxcompress.core import packed
-from jaxcompress.cost.latency import Load, timing
+from jaxcompress.cost.timing.roofline import Load, timing
 
 pytestmark = pytest.mark.broad
 

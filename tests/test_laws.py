@@ -24,7 +24,7 @@ import jaxcompress.prune as P
 from jaxcompress import formats, quantize
 from jaxcompress.formats import fixed_point, granularity_for, integer, predicted_bytes, row_bytes
 from jaxcompress.quantize import ptq
-from jaxcompress.quantize.qat.dorefa import dorefa_format
+from jaxcompress.quantize.qat.dorefa_net import dorefa_format
 
 
 class Case(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.train import Checkpoints, augment, fit
-from jaxcompress.train.checkpoint import opened
+from jaxcompress.train.train_checkpoint import opened
 
 
 @pytest.fixture(autouse=True)

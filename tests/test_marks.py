@@ -7,7 +7,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.core.packed import Grid
-from jaxcompress.export.marked_program import marked_program
+from jaxcompress.export.litert_format.marked_program import marked_program
 from jaxcompress.export.marks import FAKE_QUANT, mark, mark_activations, mark_grid, mark_weights
 from jaxcompress.formats.scales import QParams
 from jaxcompress.graph import compat

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import jaxcompress as jc
-from jaxcompress.core.meshes import on_any_mesh
+from jaxcompress.core.sharding.meshes import on_any_mesh
 
 RULES = {".*": jc.quantize.Spec(jc.formats.integer(4))}
 

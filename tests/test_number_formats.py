@@ -10,7 +10,7 @@ import jaxcompress as jc
 from jaxcompress import formats, quantize
 from jaxcompress.core.packed import quantize as quantize_array
 from jaxcompress.formats import granularity_for
-from jaxcompress.quantize.weights import qparams_of
+from jaxcompress.quantize.fake_quantized_weights import qparams_of
 
 pytestmark = pytest.mark.broad
 

@@ -11,14 +11,14 @@ from jax import lax
 
 import jaxcompress as jc
 from jaxcompress import core, quantize
-from jaxcompress.core.select import keep_count
+from jaxcompress.core.numerics.top_k import keep_count
 from jaxcompress.formats import binary, integer
-from jaxcompress.graph.capture import capture
-from jaxcompress.graph.matrices import layers
-from jaxcompress.graph.uses import merged
+from jaxcompress.graph.layers.matrices import layers
+from jaxcompress.graph.layers.statistics import capture
+from jaxcompress.graph.layers.uses import merged
 from jaxcompress.prune import magnitude
-from jaxcompress.prune.sparse_gpt import sparse_gpt
-from jaxcompress.prune.wanda import wanda
+from jaxcompress.prune.from_calibration.sparsegpt import sparse_gpt
+from jaxcompress.prune.from_calibration.wanda_masks import wanda
 from jaxcompress.quantize import Spec, gptq
 
 pytestmark = pytest.mark.broad

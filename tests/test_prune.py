@@ -10,12 +10,12 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.prune import cubic, magnitude, masked_optimizer, masks
-from jaxcompress.prune.cost_scope import cost_weighted
-from jaxcompress.prune.given import fixed, masks_of_scores, scored
-from jaxcompress.prune.n_m import n_m
-from jaxcompress.prune.scope import Units, erk, erk_counts
-from jaxcompress.prune.score import Criterion, by_score
-from jaxcompress.prune.structure import block
+from jaxcompress.prune.masking.cost_weighting import cost_weighted
+from jaxcompress.prune.masking.given_masks import fixed, masks_of_scores, scored
+from jaxcompress.prune.masking.n_to_m import n_m
+from jaxcompress.prune.masking.scopes_of_comparison import Units, erk, erk_counts
+from jaxcompress.prune.masking.scored import Criterion, by_score
+from jaxcompress.prune.masking.structures import block
 
 
 class counted:

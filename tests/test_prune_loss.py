@@ -7,11 +7,12 @@ import pytest
 from _trees import avals, bits_equal, small_tree
 from jax import lax
 
-from jaxcompress.core.select import keep_count, top_k_mask, top_k_masks
-from jaxcompress.prune import channel, exponents, masks_of_scores, scored
-from jaxcompress.prune.at_init import grasp, snip, synflow
-from jaxcompress.prune.fisher import fisher_diagonal, obd, obs
-from jaxcompress.prune.woodfisher import WoodFisher, compensate, woodfisher
+from jaxcompress.core.numerics.top_k import keep_count, top_k_mask, top_k_masks
+from jaxcompress.prune import channel, masks_of_scores, scored
+from jaxcompress.prune.saliency import exponents
+from jaxcompress.prune.saliency.at_init import grasp, snip, synflow
+from jaxcompress.prune.saliency.block_fisher import WoodFisher, compensate, woodfisher
+from jaxcompress.prune.saliency.second_order import fisher_diagonal, obd, obs
 
 pytestmark = pytest.mark.broad
 

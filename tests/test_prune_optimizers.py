@@ -10,9 +10,9 @@ import pytest
 from optax import contrib
 
 from jaxcompress.prune import mask_gradients, masked_optimizer, project
-from jaxcompress.prune.dynamic import rigl
-from jaxcompress.prune.moments import reset_moments
-from jaxcompress.prune.optimizer import dynamic_optimizer, hold, pausing_optimizer
+from jaxcompress.prune.sparse_training.dynamic import rigl
+from jaxcompress.prune.sparse_training.moments import reset_moments
+from jaxcompress.prune.sparse_training.optimizers import dynamic_optimizer, hold, pausing_optimizer
 
 pytestmark = pytest.mark.broad
 

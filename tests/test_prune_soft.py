@@ -11,9 +11,9 @@ import pytest
 from _trees import bits_equal, small_tree
 
 import jaxcompress as jc
-from jaxcompress.prune.proximal import prox_group_lasso, prox_l1, proximal
-from jaxcompress.prune.soft import l0, l0_penalty, soft_threshold, without_noise
-from jaxcompress.prune.soft_movement import soft_movement, soft_movement_penalty
+from jaxcompress.prune.soft.movement_gates import soft_movement, soft_movement_penalty
+from jaxcompress.prune.soft.proximal_operators import prox_group_lasso, prox_l1, proximal
+from jaxcompress.prune.soft.thresholds import l0, l0_penalty, soft_threshold, without_noise
 
 pytestmark = pytest.mark.broad
 

@@ -9,9 +9,9 @@ from jax import lax
 from jaxcompress import core, formats
 from jaxcompress.formats import integer
 from jaxcompress.quantize import mse, ptq
-from jaxcompress.quantize.ptq import Spec, adaround, gptq, hqq, recipe, sweep
-from jaxcompress.quantize.ptq.reconstruct import squared_error
-from jaxcompress.quantize.weights import qparams_of
+from jaxcompress.quantize.fake_quantized_weights import qparams_of
+from jaxcompress.quantize.ptq import Spec, adaround, gptq, gptq_sweep, hqq, recipe
+from jaxcompress.quantize.ptq.network_reconstruction import squared_error
 
 pytestmark = pytest.mark.broad
 
@@ -80,10 +80,10 @@ def test_gptq_is_the_sequence_of_optimal_updates_and_its_error_identity_holds(ac
 def test_the_factor_is_the_one_of_the_inverse():
     x = np.asarray(correlated(80, 40), np.float64)
     h = x.T @ x / 80
-    u = np.asarray(sweep.inverse_factor(jnp.asarray(h, jnp.float32)), np.float64)
+    u = np.asarray(gptq_sweep.inverse_factor(jnp.asarray(h, jnp.float32)), np.float64)
     assert np.array_equal(u, np.triu(u))
     np.testing.assert_allclose(u @ h @ u.T, np.eye(40), atol=2e-4)
-    assert not np.isfinite(np.asarray(sweep.inverse_factor(-jnp.eye(3)))).all()
+    assert not np.isfinite(np.asarray(gptq_sweep.inverse_factor(-jnp.eye(3)))).all()
 
 
 @pytest.mark.parametrize("k", [7, 32, 100])
@@ -241,7 +241,7 @@ def test_adaround_rounds_down_or_up_and_never_for_the_worse(symmetric):
 
 
 def test_adaround_starts_from_the_weights_and_stays_at_nearest_for_orthogonal_inputs():
-    from jaxcompress.quantize.ptq.adaround import rectified, start
+    from jaxcompress.quantize.ptq.adaptive_rounding import rectified, start
 
     fraction = jnp.linspace(0.0, 0.999, 40)
     np.testing.assert_allclose(rectified(start(fraction)), fraction, atol=1e-6)

@@ -12,7 +12,7 @@ from _trees import bits_equal
 import jaxcompress as jc
 from jaxcompress import quantize
 from jaxcompress.formats import integer
-from jaxcompress.quantize.qat.a2q import toward_zero
+from jaxcompress.quantize.qat.accumulator_aware import toward_zero
 
 pytestmark = pytest.mark.broad
 

@@ -13,7 +13,7 @@ import pytest
 from experiments import _report
 from experiments._report import Options, Report, checked, commit, run, write_json
 from experiments.benchmarks import select as select_benchmark
-from jaxcompress.cost.clock import interleaved
+from jaxcompress.cost.timing.clock import interleaved
 
 pytestmark = pytest.mark.broad
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 from _trees import bits_equal, small_tree
 
-from jaxcompress.prune.rewind import (
+from jaxcompress.prune.sparse_training.lottery_tickets import (
     iterative,
     iterative_magnitude,
     nested_magnitude_masks,

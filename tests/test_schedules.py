@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from jaxcompress.prune import masks
-from jaxcompress.prune.magnitude import magnitude
-from jaxcompress.prune.schedules import as_schedule, constant, cubic, exponential, linear, one_shot
+from jaxcompress.prune.masking.magnitudes import magnitude
+from jaxcompress.prune.masking.schedules import (
+    as_schedule,
+    constant,
+    cubic,
+    exponential,
+    linear,
+    one_shot,
+)
 
 pytestmark = pytest.mark.broad
 

@@ -7,9 +7,10 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.graph import walk
-from jaxcompress.graph.trace import trace_program
-from jaxcompress.search import Evaluator, evaluator
-from jaxcompress.search.reuse import Reuse, reuse
+from jaxcompress.graph.tracing import trace_program
+from jaxcompress.search import Evaluator
+from jaxcompress.search.sensitivities import evaluator
+from jaxcompress.search.sensitivities.reuse import Reuse, reuse
 
 pytestmark = pytest.mark.broad
 

@@ -9,9 +9,9 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.graph import axes
-from jaxcompress.prune.group_scores import group_norms
-from jaxcompress.prune.groups import groups_for_macs
-from jaxcompress.prune.shrink import shrink
+from jaxcompress.prune.channels.choose import groups_for_macs
+from jaxcompress.prune.channels.gate_scores import group_norms
+from jaxcompress.prune.channels.smaller_networks import shrink
 from jaxcompress.search import (
     Budget,
     Infeasible,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.graph.axes import axes
-from jaxcompress.prune.groups import group_macs
+from jaxcompress.graph.coupling.dependency_graph import axes
+from jaxcompress.prune.channels.choose import group_macs
 from jaxcompress.search import Infeasible, WidthChoice, kl, narrow
 
 pytestmark = pytest.mark.broad

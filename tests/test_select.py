@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcompress.core.counting import count_true, order_bits
-from jaxcompress.core.select import keep_count, top_k_mask, top_k_masks
+from jaxcompress.core.numerics.counting import count_true, order_bits
+from jaxcompress.core.numerics.top_k import keep_count, top_k_mask, top_k_masks
 
 jitted_masks = jax.jit(top_k_masks)
 SPECIALS = np.array([0.0, -0.0, 1, -1, np.inf, -np.inf, np.nan, -np.nan, 1e-45, -1e-45], np.float32)

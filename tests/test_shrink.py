@@ -14,10 +14,10 @@ from jax import lax
 
 from experiments.models.shrinkable import NETWORKS
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.graph.axes import axes
-from jaxcompress.prune.coupled import group_masks, masked_groups
-from jaxcompress.prune.shrink import readmit, shrink
-from jaxcompress.prune.state import apply_masks
+from jaxcompress.graph.coupling.dependency_graph import axes
+from jaxcompress.prune.channels.coupled import group_masks, masked_groups
+from jaxcompress.prune.channels.smaller_networks import readmit, shrink
+from jaxcompress.prune.masking.mask_state import apply_masks
 
 pytestmark = pytest.mark.broad
 

@@ -15,6 +15,7 @@ from _trees import bits_equal
 
 import jaxcompress as jc
 from jaxcompress.core import Bitmask, Groups, Rows, condense, condensed_matmul, packed_bytes
+from jaxcompress.core.mask_storage import smallest_form
 from jaxcompress.core.packed import (
     Masked,
     dense,
@@ -24,7 +25,6 @@ from jaxcompress.core.packed import (
     unpack,
     unsigned_codes,
 )
-from jaxcompress.core.smallest import smallest_form
 from jaxcompress.core.sparse import positions_like
 from jaxcompress.core.storage import container
 from jaxcompress.core.storage.leaves import disassemble

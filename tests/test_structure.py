@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcompress as jc
-from jaxcompress.prune.given import masks_of_scores
-from jaxcompress.prune.magnitude import magnitude
-from jaxcompress.prune.n_m import n_m
-from jaxcompress.prune.schedules import linear
-from jaxcompress.prune.structure import block, channel, head, unstructured
+from jaxcompress.prune.masking.given_masks import masks_of_scores
+from jaxcompress.prune.masking.magnitudes import magnitude
+from jaxcompress.prune.masking.n_to_m import n_m
+from jaxcompress.prune.masking.schedules import linear
+from jaxcompress.prune.masking.structures import block, channel, head, unstructured
 
 pytestmark = pytest.mark.broad
 

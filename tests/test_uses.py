@@ -11,13 +11,13 @@ import pytest
 from jax import lax
 
 from jaxcompress.formats import integer
-from jaxcompress.graph.capture import capture
-from jaxcompress.graph.matrices import layers
-from jaxcompress.graph.uses import pools
-from jaxcompress.prune.group_obs import group_obs
-from jaxcompress.prune.n_m import n_m
-from jaxcompress.prune.sparse_gpt import sparse_gpt
-from jaxcompress.prune.wanda import wanda
+from jaxcompress.graph.layers.matrices import layers
+from jaxcompress.graph.layers.statistics import capture
+from jaxcompress.graph.layers.uses import pools
+from jaxcompress.prune.channels.least_squares import group_obs
+from jaxcompress.prune.from_calibration.sparsegpt import sparse_gpt
+from jaxcompress.prune.from_calibration.wanda_masks import wanda
+from jaxcompress.prune.masking.n_to_m import n_m
 from jaxcompress.quantize import Spec, ptq
 from jaxcompress.quantize.ptq import adaround, gptq, recipe
 
@@ -218,7 +218,7 @@ def test_scales_that_others_share_stay_where_groups_are_found_on_the_way():
 
 
 def test_group_obs_names_what_it_does_not_count():
-    from jaxcompress.graph.axes import axes
+    from jaxcompress.graph.coupling.dependency_graph import axes
 
     params = {"up": draw(4, 6), "down": draw(6, 4), "tied": draw(4, 6, seed=2)}
 

@@ -21,7 +21,7 @@ from jax import monitoring
 
 import jaxcompress as jc
 from jaxcompress.formats import integer
-from jaxcompress.prune.shrink import shrink
+from jaxcompress.prune.channels.smaller_networks import shrink
 from jaxcompress.quantize import Spec
 
 ROWS, WIDTH, CLASSES = 32, 32, 10

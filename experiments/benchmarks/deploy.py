@@ -35,12 +35,12 @@ from experiments._report import Options, Report, run
 from experiments.benchmarks import matmul
 from experiments.data import cifar10_normalise, load_cifar10
 from experiments.models import minilm, resnet_cifar
-from jaxcompress.export.benchmark import benchmark, outputs
-from jaxcompress.export.marked_program import marked_program
+from jaxcompress.export.benchmarks import benchmark, outputs
+from jaxcompress.export.litert_format.marked_program import marked_program
 from jaxcompress.export.sessions import Session, session
 from jaxcompress.graph import axes
-from jaxcompress.prune.group_scores import group_norms
-from jaxcompress.prune.groups import choose_groups
+from jaxcompress.prune.channels.choose import choose_groups
+from jaxcompress.prune.channels.gate_scores import group_norms
 
 TABLES = "(words|positions|segments)/embedding"
 

@@ -24,7 +24,7 @@ import numpy as np
 
 import jaxcompress as jc
 from experiments._report import Options, Report, run
-from jaxcompress.cost.clock import interleaved
+from jaxcompress.cost.timing.clock import interleaved
 from jaxcompress.formats import Format, Granularity, granularity_for, parse
 
 # key of the figures: (name of the format, axis, group)

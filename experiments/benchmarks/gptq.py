@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 import jaxcompress as jc
 from experiments._report import Options, Report, run
-from jaxcompress.cost.clock import interleaved
+from jaxcompress.cost.timing.clock import interleaved
 from jaxcompress.quantize import Spec
 
 

@@ -23,7 +23,7 @@ from jax import Array, lax
 
 from experiments._report import Options, Report, run
 from jaxcompress.core.pytrees import packed_bytes
-from jaxcompress.cost.clock import interleaved
+from jaxcompress.cost.timing.clock import interleaved
 from jaxcompress.quantize import fast_matmul, fast_matrix
 
 

@@ -35,7 +35,7 @@ from experiments._report import Options, Report, run
 from experiments.data import cifar10_normalise, load_cifar10, load_digits_split
 from experiments.models import digits, resnet_cifar
 from experiments.training import fit
-from jaxcompress.cost.clock import interleaved
+from jaxcompress.cost.timing.clock import interleaved
 from jaxcompress.graph import trace
 from jaxcompress.search import (
     Budget,

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments._report import Options, Report, run
-from jaxcompress.core.select import keep_count, top_k_masks
-from jaxcompress.cost.clock import interleaved
+from jaxcompress.core.numerics.top_k import keep_count, top_k_masks
+from jaxcompress.cost.timing.clock import interleaved
 from jaxcompress.prune import n_m
 
 

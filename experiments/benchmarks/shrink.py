@@ -18,12 +18,12 @@ import numpy as np
 from experiments._report import Options, Report, run
 from experiments.models.resnet_cifar import ResNetCifar
 from experiments.models.shrinkable import NETWORKS, Network, images, linen
-from jaxcompress.cost.clock import interleaved
-from jaxcompress.graph.axes import Axes, axes
-from jaxcompress.prune.coupled import group_masks
-from jaxcompress.prune.groups import choose_groups, group_macs
-from jaxcompress.prune.shrink import Shrunk, shrink
-from jaxcompress.prune.state import apply_masks
+from jaxcompress.cost.timing.clock import interleaved
+from jaxcompress.graph.coupling.dependency_graph import Axes, axes
+from jaxcompress.prune.channels.choose import choose_groups, group_macs
+from jaxcompress.prune.channels.coupled import group_masks
+from jaxcompress.prune.channels.smaller_networks import Shrunk, shrink
+from jaxcompress.prune.masking.mask_state import apply_masks
 
 SHORT = ("mlp", "separable")
 

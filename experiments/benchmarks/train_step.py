@@ -22,7 +22,7 @@ import jaxcompress as jc
 from experiments._report import Options, Report, run
 from experiments.data import cifar10_normalise, load_cifar10
 from experiments.models import resnet_cifar
-from jaxcompress.cost.clock import interleaved
+from jaxcompress.cost.timing.clock import interleaved
 
 
 @dataclasses.dataclass(frozen=True)

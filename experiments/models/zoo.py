@@ -2,7 +2,7 @@
 
     network = ZOO["resnet50"]
     apply_fn, variables, inputs = network.build()
-    jaxcompress.graph.trace(apply_fn, variables, *inputs).macs
+    jaxcompress.graph.tracing(apply_fn, variables, *inputs).macs
 
 Nothing is allocated: variables and inputs are shapes and dtypes. `network.model.init` gives random
 weights. Parameters are what is trained, so BatchNorm's running statistics are none.

@@ -16,7 +16,7 @@ import jaxcompress as jc
 from experiments.situations import Cell, Table
 from jaxcompress import quantize
 from jaxcompress.formats import Integer, integer
-from jaxcompress.quantize.calibrate import range_of
+from jaxcompress.quantize.ranges.min_max import range_of
 
 PROMISE = (
     "The step is finite and not 0, and the largest error is at most half of it; what cuts tails "

@@ -27,13 +27,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jaxcompress as jc
 from experiments.situations import Cell, Table
-from jaxcompress.cost.estimate import counts
+from jaxcompress.cost.estimation import counts
 from jaxcompress.formats import integer
-from jaxcompress.graph.absorb import absorbable, rescale
-from jaxcompress.graph.axes_terms import keep_of
-from jaxcompress.prune.shrink import shrink
+from jaxcompress.graph.coupling.terms import keep_of
+from jaxcompress.graph.scaling.migration import absorbable, rescale
+from jaxcompress.prune.channels.smaller_networks import shrink
 from jaxcompress.quantize import Spec, ptq
-from jaxcompress.quantize.integer import integer_only
+from jaxcompress.quantize.integer.integer_program import integer_only
 
 ROWS, IN, MID, OUT = 32, 6, 8, 5
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from experiments.situations import Cell, Table
 from jaxcompress.formats import integer
-from jaxcompress.prune.sparse_gpt import sparse_gpt
-from jaxcompress.prune.wanda import wanda
+from jaxcompress.prune.from_calibration.sparsegpt import sparse_gpt
+from jaxcompress.prune.from_calibration.wanda_masks import wanda
 from jaxcompress.quantize import Spec, ptq
 
 K, N, ROWS = 24, 8, 64

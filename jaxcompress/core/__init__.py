@@ -8,7 +8,8 @@ from jaxcompress.core.compressor import (
     is_float_array,
     per_leaf,
 )
-from jaxcompress.core.condensed import Condensed, condense, condensed_matmul
+from jaxcompress.core.constant_fan_in import Condensed, condense, condensed_matmul
+from jaxcompress.core.mask_storage import smallest_form
 from jaxcompress.core.packed import (
     Grid,
     Masked,
@@ -20,7 +21,6 @@ from jaxcompress.core.packed import (
     unpack,
 )
 from jaxcompress.core.paths import leaves_with_paths, match_rules, near_misses, path_str
-from jaxcompress.core.smallest import smallest_form
 from jaxcompress.core.sparse import Bitmask, Groups, Positions, Rows
 from jaxcompress.core.storage import file_bytes
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.sharding.meshes import on_any_mesh
 
 Params = Any
 Packed = Any

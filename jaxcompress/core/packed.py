@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jaxcompress.core.meshes import on_any_mesh
+from jaxcompress.core.mask_storage import for_any_mask, smallest_form
 from jaxcompress.core.pytrees import host, packed_bytes, pytree
-from jaxcompress.core.smallest import for_any_mask, smallest_form
+from jaxcompress.core.sharding.meshes import on_any_mesh
 from jaxcompress.core.sparse import Bitmask, Positions
 from jaxcompress.formats import (
     Format,

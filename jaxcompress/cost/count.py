@@ -11,16 +11,16 @@ from jax.core import Tracer
 from jaxcompress.core.packed import Masked, QTensor, is_packed, packed_bytes
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.cost import dtypes
-from jaxcompress.cost.device import Device, Quantity
-from jaxcompress.cost.kernels import Kernel
-from jaxcompress.cost.latency import Load, kept_fraction
+from jaxcompress.cost.device_model import Device, Quantity
 from jaxcompress.cost.operations import total, unruled, work
+from jaxcompress.cost.timing.fused_kernels import Kernel
+from jaxcompress.cost.timing.roofline import Load, kept_fraction
 from jaxcompress.cost.types import ActivationTypes
 from jaxcompress.formats import row_bytes
 from jaxcompress.graph import Site, compat
-from jaxcompress.graph.inline import Op
+from jaxcompress.graph.flat_list import Op
 from jaxcompress.graph.primitives import row
-from jaxcompress.graph.products import numbers_at
+from jaxcompress.graph.primitives.contractions import numbers_at
 from jaxcompress.graph.sites import size
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxcompress.core.files import replacing
-from jaxcompress.cost.probes import Fitted, Timings, fits, timings
+from jaxcompress.cost.timing.probes import Fitted, Timings, fits, timings
 
 
 def _processor() -> str:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcompress.graph.inline import END, LOOP, Op
-from jaxcompress.graph.macs import count
+from jaxcompress.graph.flat_list import END, LOOP, Op
 from jaxcompress.graph.primitives import Pad, Regroup, Spread, Take, moved, row
+from jaxcompress.graph.primitives.multiply_accumulates import count
 from jaxcompress.graph.sites import size
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxcompress.cost.device import Device
+from jaxcompress.cost.device_model import Device
 
 OTHER = "other parameters"
 """Name of the row of the parameters that feed no contraction (biases, norms, embeddings)."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxcompress.cost.estimate import estimate
+from jaxcompress.cost.estimation import estimate
 from jaxcompress.cost.result import Cost
 
 

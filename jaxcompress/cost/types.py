@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxcompress.core.paths import near_misses
 from jaxcompress.cost import dtypes
 from jaxcompress.graph import Graph, Site
-from jaxcompress.graph.follow import Place
-from jaxcompress.graph.inline import Inlined
+from jaxcompress.graph.flat_list import Inlined
+from jaxcompress.graph.origin_domain import Place
 
 
 class ActivationTypes:

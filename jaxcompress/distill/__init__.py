@@ -1,6 +1,5 @@
 """Distillation: losses on logits, features and relations; teachers and their outputs on disk."""
 
-from jaxcompress.distill.cache import CachedOutputs, augment_examples, cached_outputs
 from jaxcompress.distill.correlation import dist
 from jaxcompress.distill.curriculum import ctkd_temperature, ctkd_weight
 from jaxcompress.distill.divergences import (
@@ -9,29 +8,32 @@ from jaxcompress.distill.divergences import (
     reverse_skew_kd,
     skew_kd,
 )
-from jaxcompress.distill.features import (
+from jaxcompress.distill.features.feature_losses import (
     attention_transfer,
     fitnets,
     hierarchical_context,
     vid,
     vid_variance,
 )
-from jaxcompress.distill.features_overhaul import ofd_margin, overhaul
-from jaxcompress.distill.features_projectors import (
+from jaxcompress.distill.features.feature_taps import linen_features, nnx_features
+from jaxcompress.distill.features.overhaul import ofd_margin, overhaul
+from jaxcompress.distill.features.projectors import (
     Projector,
     conv_projector,
     linear_projector,
     mlp_projector,
 )
-from jaxcompress.distill.features_transformer import tinybert_attention, tinybert_hidden
+from jaxcompress.distill.features.transformer import tinybert_attention, tinybert_hidden
 from jaxcompress.distill.logits import dkd, kd, nkd, standardize_logits, top_k_kd
-from jaxcompress.distill.mutual import (
-    joint_students,
-    mutual_kd,
-    mutual_loss,
-    stacked_students,
+from jaxcompress.distill.relations.attention_relations import minilm_relation
+from jaxcompress.distill.relations.contrast import (
+    CRDMemory,
+    CRDProjections,
+    crd,
+    crd_init,
+    crd_negatives,
 )
-from jaxcompress.distill.relational import (
+from jaxcompress.distill.relations.relational import (
     cckd,
     cckd_bilinear,
     pkt,
@@ -39,17 +41,7 @@ from jaxcompress.distill.relational import (
     rkd_distance,
     similarity_preserving,
 )
-from jaxcompress.distill.relational_attention import minilm_relation
-from jaxcompress.distill.relational_contrast import (
-    CRDMemory,
-    CRDProjections,
-    crd,
-    crd_init,
-    crd_negatives,
-)
-from jaxcompress.distill.storage import Dense, TopK
-from jaxcompress.distill.taps import linen_features, nnx_features
-from jaxcompress.distill.teachers import (
+from jaxcompress.distill.teachers.ensembles import (
     Teacher,
     average_logits,
     average_probabilities,
@@ -61,6 +53,18 @@ from jaxcompress.distill.teachers import (
     stack_members,
     teacher_assistants,
 )
+from jaxcompress.distill.teachers.mutual import (
+    joint_students,
+    mutual_kd,
+    mutual_loss,
+    stacked_students,
+)
+from jaxcompress.distill.teachers.output_cache import (
+    CachedOutputs,
+    augment_examples,
+    cached_outputs,
+)
+from jaxcompress.distill.teachers.output_storage import Dense, TopK
 
 __all__ = [
     "CRDMemory",

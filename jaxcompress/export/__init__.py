@@ -2,16 +2,16 @@
 
 from jaxcompress.core.storage import container as container
 from jaxcompress.core.storage.container import FileSize
-from jaxcompress.export.benchmark import Measured, benchmark
-from jaxcompress.export.checkpoint import Checkpoint, file_size, load, save
-from jaxcompress.export.entropy import entropy_bytes
-from jaxcompress.export.litert import LiteRT, litert
+from jaxcompress.export.benchmarks import Measured, benchmark
+from jaxcompress.export.checkpoint.huffman_bound import entropy_bytes
+from jaxcompress.export.checkpoint.packed_file import Checkpoint, file_size, load, save
+from jaxcompress.export.checkpoint.stream_read import Leaf, inspect
+from jaxcompress.export.checkpoint.streaming import Progress, StreamReport, quantize_file
+from jaxcompress.export.litert_format.litert_file import LiteRT, litert
 from jaxcompress.export.marks import mark_activations, mark_weights
-from jaxcompress.export.onnx_file import OnnxReport, onnx
+from jaxcompress.export.onnx_format.onnx_file import OnnxReport, onnx
 from jaxcompress.export.sessions import Session, session
-from jaxcompress.export.stablehlo import StableHLO, load_stablehlo, stablehlo
-from jaxcompress.export.stream import Progress, StreamReport, quantize_file
-from jaxcompress.export.stream_read import Leaf, inspect
+from jaxcompress.export.stablehlo_file import StableHLO, load_stablehlo, stablehlo
 
 __all__ = [
     "Checkpoint",

@@ -20,7 +20,7 @@ from jax import Array
 from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import Grid, Masked, QTensor, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.formats.integer import Integer
+from jaxcompress.formats.integers import Integer
 from jaxcompress.graph import walk
 
 FAKE_QUANT = "quant.fake_quant"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcompress.export.stablehlo import load_stablehlo
+from jaxcompress.export.stablehlo_file import load_stablehlo
 
 
 class Place(NamedTuple):

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.export.rounded import with_rounding
-from jaxcompress.quantize.integer import IntegerProgram
+from jaxcompress.export.perturbed import with_rounding
+from jaxcompress.quantize.integer.integer_program import IntegerProgram
 
 RUNS = 4
 """Computations with random roundings."""

@@ -24,12 +24,17 @@ from jaxcompress.formats.block import (
     nvfp4,
     power_of_two,
 )
-from jaxcompress.formats.codebook import Levels, additive_power_of_two, codebook, nf4
-from jaxcompress.formats.fixed_point import FixedPoint, fixed_point
+from jaxcompress.formats.codebooks.fixed_codebooks import (
+    Levels,
+    additive_power_of_two,
+    codebook,
+    nf4,
+)
+from jaxcompress.formats.codebooks.learned_codebooks import Codebook, KMeans, k_means
+from jaxcompress.formats.fixed_point_grids import FixedPoint, fixed_point
 from jaxcompress.formats.floating import FloatElement, IntElement
-from jaxcompress.formats.granularity import Granularity, granularity
-from jaxcompress.formats.integer import Integer, integer
-from jaxcompress.formats.learned import Codebook, KMeans, k_means
+from jaxcompress.formats.granularities import Granularity, granularity
+from jaxcompress.formats.integers import Integer, integer
 from jaxcompress.formats.names import parse
 from jaxcompress.formats.rounding import (
     Rounding,
@@ -56,7 +61,7 @@ from jaxcompress.formats.scales import (
     QParams,
     TensorScale,
 )
-from jaxcompress.formats.ternary import (
+from jaxcompress.formats.ternary_grids import (
     Binary,
     Ternary,
     TernaryScales,

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from jax import Array
 
 from jaxcompress.formats.bits import row_bytes
-from jaxcompress.formats.granularity import Granularity, granularity
+from jaxcompress.formats.granularities import Granularity, granularity
 from jaxcompress.formats.rounding import Rounding
 
 

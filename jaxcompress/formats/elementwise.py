@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.formats.granularity import Granularity
+from jaxcompress.formats.granularities import Granularity
 from jaxcompress.formats.scaled import Scaled
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from jaxcompress.formats import block
 from jaxcompress.formats.base import Format
-from jaxcompress.formats.codebook import additive_power_of_two, nf4
-from jaxcompress.formats.fixed_point import fixed_point
-from jaxcompress.formats.integer import integer
-from jaxcompress.formats.learned import k_means
-from jaxcompress.formats.ternary import binary, ternary, ternary_absmean, ternary_ttq
+from jaxcompress.formats.codebooks.fixed_codebooks import additive_power_of_two, nf4
+from jaxcompress.formats.codebooks.learned_codebooks import k_means
+from jaxcompress.formats.fixed_point_grids import fixed_point
+from jaxcompress.formats.integers import integer
+from jaxcompress.formats.ternary_grids import binary, ternary, ternary_absmean, ternary_ttq
 
 _BY_NAME: dict[str, Callable[[], Format]] = {
     "ternary": ternary,

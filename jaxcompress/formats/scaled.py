@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.formats.granularity import Granularity
+from jaxcompress.formats.granularities import Granularity
 from jaxcompress.formats.rounding import Rounding, half_even, scaled_ste, straight_through
 from jaxcompress.formats.scales import FloatScale, finite
 

@@ -9,8 +9,8 @@ from jax import lax
 
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.graph import compat
-from jaxcompress.graph.follow import Place
-from jaxcompress.graph.trace import trace_program
+from jaxcompress.graph.origin_domain import Place
+from jaxcompress.graph.tracing import trace_program
 
 Skips = Mapping[Place, tuple[str, int]]  # where -> the primitive and the operand that is its result
 ENTERED = compat.JIT | compat.CALL | compat.REMAT | frozenset({"scan"})

@@ -1,7 +1,7 @@
 """A traced function as one flat list of equations: calls inlined, what is known in advance apart.
 
-Unlike `inline`, which counts, this is for those who compute: the values of parameters flow through
-the equations that depend on nothing else.
+Unlike `flat_list`, which counts, this is for those who compute: the values of parameters flow
+through the equations that depend on nothing else.
 """
 
 from collections.abc import Callable, Mapping, Sequence

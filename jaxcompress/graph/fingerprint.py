@@ -8,9 +8,9 @@ from typing import Any
 import jax.extend.core as jec
 import numpy as np
 
-from jaxcompress.core.meshes import traced_anywhere
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.pytrees import host
+from jaxcompress.core.sharding.meshes import traced_anywhere
 from jaxcompress.graph.compat import CUSTOM, bodies, body, is_literal
 from jaxcompress.graph.identity import describe
 

@@ -9,10 +9,10 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.graph import compat
-from jaxcompress.graph.inline import END, LOOP, Op, carried, inline, rows
+from jaxcompress.graph.flat_list import END, LOOP, Op, carried, inline, rows
+from jaxcompress.graph.layers.views import views
 from jaxcompress.graph.sites import Tap
-from jaxcompress.graph.trace import Program
-from jaxcompress.graph.views import views
+from jaxcompress.graph.tracing import Program
 
 
 class Flat:

@@ -1,21 +1,20 @@
 """Quantization of weights and activations."""
 
-from jaxcompress.quantize.activations import (
+from jaxcompress.quantize.fake_quantized_activations import (
     ActivationQuantizer,
     activations,
     calibrate_activations,
     with_activations,
 )
-from jaxcompress.quantize.calibrate import Calibrator, MinMax, min_max, moving_average
-from jaxcompress.quantize.clipping import kl, mse, octav, percentile
-from jaxcompress.quantize.integer import (
+from jaxcompress.quantize.fake_quantized_weights import fake_quant, weights
+from jaxcompress.quantize.integer.integer_program import (
     IntegerProgram,
     assert_integer_only,
     differing_codes,
     float_operations,
     integer_only,
 )
-from jaxcompress.quantize.matmul import FastMatrix, fast_matmul, fast_matrix
+from jaxcompress.quantize.matmul.fast_matrix_product import FastMatrix, fast_matmul, fast_matrix
 from jaxcompress.quantize.ptq import (
     Spec,
     adaround,
@@ -57,7 +56,8 @@ from jaxcompress.quantize.qat import (
     twn,
     xnor,
 )
-from jaxcompress.quantize.weights import fake_quant, weights
+from jaxcompress.quantize.ranges.clipping import kl, mse, octav, percentile
+from jaxcompress.quantize.ranges.min_max import Calibrator, MinMax, min_max, moving_average
 
 __all__ = [
     "AccumulatorBound",

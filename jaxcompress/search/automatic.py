@@ -10,21 +10,21 @@ import jax.numpy as jnp
 
 from jaxcompress.core.combine import chain
 from jaxcompress.core.compressor import Compressor
-from jaxcompress.core.meshes import on_any_mesh
-from jaxcompress.cost.device import Device
+from jaxcompress.core.sharding.meshes import on_any_mesh
+from jaxcompress.cost.device_model import Device
 from jaxcompress.formats import parse
 from jaxcompress.graph import trace
-from jaxcompress.graph.capture import check_batches
-from jaxcompress.graph.layerwise import Progress
+from jaxcompress.graph.layers.layer_by_layer import Progress
+from jaxcompress.graph.layers.statistics import check_batches
 from jaxcompress.graph.unentered import report, silent
-from jaxcompress.prune.given import fixed
-from jaxcompress.prune.state import apply_masks, masks_of_packed
+from jaxcompress.prune.masking.given_masks import fixed
+from jaxcompress.prune.masking.mask_state import apply_masks, masks_of_packed
 from jaxcompress.quantize.ptq import recipe
-from jaxcompress.search.allocation import Infeasible
-from jaxcompress.search.finetune import Training, finetune
-from jaxcompress.search.measured import Metric, cross_entropy, kl
+from jaxcompress.search.fine_tuning import Training, finetune
 from jaxcompress.search.problem import Budget
 from jaxcompress.search.searcher import Compressed, Search
+from jaxcompress.search.sensitivities.measured import Metric, cross_entropy, kl
+from jaxcompress.search.solvers.knapsack import Infeasible
 from jaxcompress.search.widths import narrow
 
 _SYNTHETIC = 2  # batches

@@ -8,11 +8,11 @@ from typing import Any
 from jaxcompress.core.combine import chain
 from jaxcompress.core.compressor import Compressor, CompressState
 from jaxcompress.formats import integer
-from jaxcompress.graph.layerwise import Progress
-from jaxcompress.prune.given import fixed
-from jaxcompress.prune.sparse_gpt import sparse_gpt
-from jaxcompress.quantize.clipping import mse
+from jaxcompress.graph.layers.layer_by_layer import Progress
+from jaxcompress.prune.from_calibration.sparsegpt import sparse_gpt
+from jaxcompress.prune.masking.given_masks import fixed
 from jaxcompress.quantize.ptq import Spec, gptq, recipe, round_to_nearest
+from jaxcompress.quantize.ranges.clipping import mse
 
 
 @dataclass(frozen=True)

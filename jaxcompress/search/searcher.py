@@ -9,28 +9,28 @@ from typing import Any
 
 import jax
 
-from jaxcompress.core.meshes import automatic
 from jaxcompress.core.packed import Grid, is_packed, unpack
 from jaxcompress.core.paths import leaves_with_paths, match_rules
+from jaxcompress.core.sharding.meshes import automatic
 from jaxcompress.core.storage import file_bytes
-from jaxcompress.cost.device import Device
-from jaxcompress.cost.estimate import estimate
+from jaxcompress.cost.device_model import Device
+from jaxcompress.cost.estimation import estimate
 from jaxcompress.cost.result import Cost
 from jaxcompress.formats import Format, parse
 from jaxcompress.graph import trace
-from jaxcompress.graph.capture import check_batches
-from jaxcompress.graph.layerwise import Progress
+from jaxcompress.graph.layers.layer_by_layer import Progress
+from jaxcompress.graph.layers.statistics import check_batches
 from jaxcompress.graph.unentered import report, silent
-from jaxcompress.quantize.activations import activations as quantize_activations
-from jaxcompress.quantize.activations import calibrate_activations, with_activations
+from jaxcompress.quantize.fake_quantized_activations import activations as quantize_activations
+from jaxcompress.quantize.fake_quantized_activations import calibrate_activations, with_activations
 from jaxcompress.quantize.ptq import Spec
-from jaxcompress.search.allocation import Infeasible, Solution, allocate, rerank
-from jaxcompress.search.evaluator import Evaluator, weight_leaves
 from jaxcompress.search.file_bytes import FileBytes, file_sums
-from jaxcompress.search.measured import Metric, Sensitivity
 from jaxcompress.search.options import Option, as_options, stored
 from jaxcompress.search.plan import Plan
 from jaxcompress.search.problem import PEAK, Budget, Choice, Problem
+from jaxcompress.search.sensitivities.evaluator import Evaluator, weight_leaves
+from jaxcompress.search.sensitivities.measured import Metric, Sensitivity
+from jaxcompress.search.solvers.knapsack import Infeasible, Solution, allocate, rerank
 
 COSTS = ("weight_bytes", "latency_s", "energy_j", "macs")
 FILE = "file_bytes"

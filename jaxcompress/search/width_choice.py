@@ -8,17 +8,17 @@ import jax
 import numpy as np
 
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.graph.axes import Axes
-from jaxcompress.graph.capture import Batches
-from jaxcompress.graph.layerwise import Progress, replaced
-from jaxcompress.prune.coupled import group_masks
-from jaxcompress.prune.group_obs import Removal, group_removals
-from jaxcompress.prune.groups import channel_macs, group_macs
-from jaxcompress.prune.shrink import rounded_up
-from jaxcompress.prune.state import apply_masks
-from jaxcompress.search.allocation import Infeasible, allocate, rerank
-from jaxcompress.search.measured import Metric, kl
+from jaxcompress.graph.coupling.dependency_graph import Axes
+from jaxcompress.graph.layers.layer_by_layer import Progress, replaced
+from jaxcompress.graph.layers.statistics import Batches
+from jaxcompress.prune.channels.choose import channel_macs, group_macs
+from jaxcompress.prune.channels.coupled import group_masks
+from jaxcompress.prune.channels.least_squares import Removal, group_removals
+from jaxcompress.prune.channels.smaller_networks import rounded_up
+from jaxcompress.prune.masking.mask_state import apply_masks
 from jaxcompress.search.problem import Budget, Choice, Problem
+from jaxcompress.search.sensitivities.measured import Metric, kl
+from jaxcompress.search.solvers.knapsack import Infeasible, allocate, rerank
 
 Chosen = Mapping[str, str]  # name of a group -> how many channels stay
 

@@ -4,16 +4,16 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.paths import leaves_with_paths, near_misses
+from jaxcompress.core.sharding.meshes import on_any_mesh
 from jaxcompress.graph import axes
-from jaxcompress.graph.capture import check_batches
-from jaxcompress.graph.layerwise import Progress
-from jaxcompress.prune.coupled import group_masks
-from jaxcompress.prune.group_scores import group_norms
-from jaxcompress.prune.groups import groups_for_macs
-from jaxcompress.prune.shrink import Shrunk, shrink
-from jaxcompress.prune.sparse_gpt import sparse_gpt
+from jaxcompress.graph.layers.layer_by_layer import Progress
+from jaxcompress.graph.layers.statistics import check_batches
+from jaxcompress.prune.channels.choose import groups_for_macs
+from jaxcompress.prune.channels.coupled import group_masks
+from jaxcompress.prune.channels.gate_scores import group_norms
+from jaxcompress.prune.channels.smaller_networks import Shrunk, shrink
+from jaxcompress.prune.from_calibration.sparsegpt import sparse_gpt
 from jaxcompress.search.width_choice import WidthChoice
 
 

@@ -2,13 +2,13 @@
 
 from jaxcompress.core.numbers import number_at
 from jaxcompress.train import augment
-from jaxcompress.train.checkpoint import Checkpoints, restore
 from jaxcompress.train.convolutions import fast_kernel_gradients
 from jaxcompress.train.data import Batches, batches, key_at, place
 from jaxcompress.train.log import read_log
 from jaxcompress.train.loop import fit, progress_bar
-from jaxcompress.train.state import Trainable, TrainState, create, label_learned
 from jaxcompress.train.step import cross_entropy, hinton_loss, make_step, stateless
+from jaxcompress.train.train_checkpoint import Checkpoints, restore
+from jaxcompress.train.train_state import Trainable, TrainState, create, label_learned
 
 __all__ = [
     "Batches",

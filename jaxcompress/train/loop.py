@@ -8,10 +8,16 @@ from typing import Any
 
 import jax
 
-from jaxcompress.train.checkpoint import Checkpoints, Saver, check_storable, non_finite, opened
 from jaxcompress.train.log import Metrics, Recorder
 from jaxcompress.train.made_by import batch_text, made_by
-from jaxcompress.train.state import TrainState
+from jaxcompress.train.train_checkpoint import (
+    Checkpoints,
+    Saver,
+    check_storable,
+    non_finite,
+    opened,
+)
+from jaxcompress.train.train_state import TrainState
 
 _AHEAD = 2  # steps in flight: enough to keep the device busy, few batches in its memory
 

@@ -11,13 +11,13 @@ import optax
 from jax.sharding import reshard
 
 from jaxcompress.core.compressor import Compressor, CompressState, identity, is_absent
-from jaxcompress.core.meshes import on_any_mesh, shardings_at_rest
 from jaxcompress.core.numbers import Number, number_at
+from jaxcompress.core.sharding.meshes import on_any_mesh, shardings_at_rest
 from jaxcompress.distill.logits import kd
 from jaxcompress.distill.masks import kept_rows, poisoned, reduced, zeroed
-from jaxcompress.prune.state import masks as find_masks
-from jaxcompress.quantize.activations import ActivationQuantizer
-from jaxcompress.train.state import TrainState
+from jaxcompress.prune.masking.mask_state import masks as find_masks
+from jaxcompress.quantize.fake_quantized_activations import ActivationQuantizer
+from jaxcompress.train.train_state import TrainState
 
 
 def cross_entropy(

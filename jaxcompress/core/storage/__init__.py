@@ -3,12 +3,12 @@
 `export.save` fills this in and writes it; it lies below the search, which predicts sizes of files.
 """
 
-from jaxcompress.core.storage.contents import (
+from jaxcompress.core.storage.file_contents import (
     Contents as Contents,
 )
-from jaxcompress.core.storage.contents import (
+from jaxcompress.core.storage.file_contents import (
     contents as contents,
 )
-from jaxcompress.core.storage.contents import (
+from jaxcompress.core.storage.file_contents import (
     file_bytes as file_bytes,
 )

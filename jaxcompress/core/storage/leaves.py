@@ -16,7 +16,7 @@ import numpy as np
 from jaxcompress.core.compressor import is_absent
 from jaxcompress.core.packed import Grid, Masked, QTensor, codes_shape, unpack
 from jaxcompress.core.pytrees import host, is_nibbles, stored_bits
-from jaxcompress.core.storage import positions
+from jaxcompress.core.storage import kept_elements
 from jaxcompress.core.storage.scheme import (
     Scheme,
     parse_sizes,
@@ -182,7 +182,7 @@ def part_avals(name: str, scheme: Scheme, formats: Mapping[str, Format]) -> dict
         return {name: _plain_aval(scheme.shape, scheme.dtype)}
     found: dict[str, Any] = {}
     if scheme.nnz is not None:
-        found |= positions.avals(name, scheme.shape, scheme.nnz, scheme.positions)
+        found |= kept_elements.avals(name, scheme.shape, scheme.nnz, scheme.positions)
     if not scheme.format:
         kept = jax.ShapeDtypeStruct((scheme.nnz or 0,), np.dtype(scheme.dtype))
         return {**found, f"{name}.values": kept}
@@ -202,7 +202,7 @@ def disassemble(name: str, leaf: Any) -> tuple[dict[str, Any], Scheme]:
         parts, inner = disassemble(name, leaf.values)
         if not inner.packed:
             parts = {f"{name}.values": parts[name]}
-        places = {part: _host(array) for part, array in positions.parts(name, leaf).items()}
+        places = {part: _host(array) for part, array in kept_elements.parts(name, leaf).items()}
         kept = {"shape": tuple(leaf.shape), "dtype": str(leaf.dtype), "nnz": leaf.nnz}
         return {**places, **parts}, inner._replace(**kept, positions=leaf.positions.name)
     if not isinstance(leaf, QTensor):
@@ -273,7 +273,7 @@ def assemble(
     else:
         leaf = _take(arrays, f"{name}.values", dtype)
     if scheme.nnz is not None:
-        where = positions.take(name, shape, scheme.nnz, scheme.positions, arrays)
+        where = kept_elements.take(name, shape, scheme.nnz, scheme.positions, arrays)
         leaf = Masked(where, leaf, shape, dtype, scheme.nnz)
     # The abstract unpack meets every shape rule.
     if jax.eval_shape(unpack, leaf).shape != leaf.shape:

@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.notices import warn
-from jaxcompress.graph.capture import check_batches
+from jaxcompress.core.sharding.meshes import on_any_mesh
 from jaxcompress.graph.edit import strong, without_operations
 from jaxcompress.graph.flat import Flat
-from jaxcompress.graph.normalizations import data_port, factors_of, fold_factors, why_not
-from jaxcompress.graph.once import evaluated
-from jaxcompress.graph.sums import merged
-from jaxcompress.graph.trace import trace_program
+from jaxcompress.graph.layers.bias_sums import merged
+from jaxcompress.graph.layers.computed_once import evaluated
+from jaxcompress.graph.layers.statistics import check_batches
+from jaxcompress.graph.scaling.normalizations import data_port, factors_of, fold_factors, why_not
+from jaxcompress.graph.tracing import trace_program
 
 
 class Folded(NamedTuple):

@@ -12,14 +12,14 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
-from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.notices import warn
-from jaxcompress.graph.biases import Bias, biases_and_readers
-from jaxcompress.graph.capture import Moments, capture
-from jaxcompress.graph.matrices import Layer, layers_of
-from jaxcompress.graph.trace import Program, trace_program
+from jaxcompress.core.sharding.meshes import on_any_mesh
+from jaxcompress.graph.layers.biases import Bias, biases_and_readers
+from jaxcompress.graph.layers.matrices import Layer, layers_of
+from jaxcompress.graph.layers.statistics import Moments, capture
+from jaxcompress.graph.tracing import Program, trace_program
 from jaxcompress.quantize.ptq.driver import Inputs, matrices
-from jaxcompress.quantize.ptq.spec import Plan, Rules, leaf, plan, replaced
+from jaxcompress.quantize.ptq.leaf_specs import Plan, Rules, leaf, plan, replaced
 
 
 @on_any_mesh

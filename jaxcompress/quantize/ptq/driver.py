@@ -7,10 +7,10 @@ from jax import Array
 
 from jaxcompress.core.compressor import CompressState
 from jaxcompress.core.notices import warn
-from jaxcompress.graph.capture import Moments
-from jaxcompress.graph.layerwise import Progress, matrices, solve_layers
-from jaxcompress.graph.matrices import Layer
-from jaxcompress.quantize.ptq.spec import Rules, Spec, plan
+from jaxcompress.graph.layers.layer_by_layer import Progress, matrices, solve_layers
+from jaxcompress.graph.layers.matrices import Layer
+from jaxcompress.graph.layers.statistics import Moments
+from jaxcompress.quantize.ptq.leaf_specs import Rules, Spec, plan
 
 __all__ = ["Found", "Inputs", "Progress", "Solve", "drive", "matrices"]
 

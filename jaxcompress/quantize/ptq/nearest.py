@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxcompress.core.compressor import CompressState
-from jaxcompress.core.meshes import on_any_mesh
-from jaxcompress.quantize.clipping import mse
-from jaxcompress.quantize.ptq.spec import Rules, plan
+from jaxcompress.core.sharding.meshes import on_any_mesh
+from jaxcompress.quantize.ptq.leaf_specs import Rules, plan
+from jaxcompress.quantize.ranges.clipping import mse
 
 
 @on_any_mesh

@@ -9,14 +9,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.core.compressor import CompressState
-from jaxcompress.core.meshes import on_any_mesh
 from jaxcompress.core.notices import warn
 from jaxcompress.core.packed import fake_quantize
-from jaxcompress.graph.absorb import Absorption, absorbable, ranges, rescale, slots, spread
-from jaxcompress.graph.capture import Moments, capture
-from jaxcompress.graph.matrices import Layer
-from jaxcompress.quantize.ptq.spec import Plan, Rules, Spec, leaf, plan
-from jaxcompress.quantize.weights import qparams_of
+from jaxcompress.core.sharding.meshes import on_any_mesh
+from jaxcompress.graph.layers.matrices import Layer
+from jaxcompress.graph.layers.statistics import Moments, capture
+from jaxcompress.graph.scaling.migration import (
+    Absorption,
+    absorbable,
+    ranges,
+    rescale,
+    slots,
+    spread,
+)
+from jaxcompress.quantize.fake_quantized_weights import qparams_of
+from jaxcompress.quantize.ptq.leaf_specs import Plan, Rules, Spec, leaf, plan
 
 
 @on_any_mesh

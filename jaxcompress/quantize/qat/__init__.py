@@ -1,8 +1,8 @@
 """Quantizers that are trained: steps, clips and scales learned beside the weights."""
 
-from jaxcompress.quantize.qat.a2q import AccumulatorBound, a2q
+from jaxcompress.quantize.qat.accumulator_aware import AccumulatorBound, a2q
 from jaxcompress.quantize.qat.annealed import annealed_activations, annealed_bits
-from jaxcompress.quantize.qat.dorefa import (
+from jaxcompress.quantize.qat.dorefa_net import (
     dorefa,
     dorefa_activations,
     dorefa_gradients,
@@ -10,15 +10,15 @@ from jaxcompress.quantize.qat.dorefa import (
     quantized_gradients,
 )
 from jaxcompress.quantize.qat.ema import ema_ranges
-from jaxcompress.quantize.qat.lsq import LearnedStep, lsq, lsq_plus
-from jaxcompress.quantize.qat.lsq_activations import (
+from jaxcompress.quantize.qat.learned_activation_steps import (
     StepOffset,
     lsq_activations,
     lsq_plus_activations,
 )
+from jaxcompress.quantize.qat.learned_steps import LearnedStep, lsq, lsq_plus
 from jaxcompress.quantize.qat.pact import ClipLevel, pact_activations
 from jaxcompress.quantize.qat.signs import bitnet_b158, per_token, twn, xnor
-from jaxcompress.quantize.qat.ttq import TwoScales, ttq
+from jaxcompress.quantize.qat.trained_ternary import TwoScales, ttq
 
 __all__ = [
     "AccumulatorBound",

@@ -9,7 +9,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxcompress.core.compressor import Compressor, CompressState, quartet
-from jaxcompress.quantize.activations import ActivationQuantizer
+from jaxcompress.quantize.fake_quantized_activations import ActivationQuantizer
 
 
 class Annealed(NamedTuple):

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 from jaxcompress.core.compressor import Compressor, CompressState, per_leaf
 from jaxcompress.core.packed import fake_quantize, quantize
 from jaxcompress.formats import Format, check_format, granularity_for
-from jaxcompress.quantize.calibrate import MovingAverage, moving_average, refuse_non_finite
-from jaxcompress.quantize.weights import made_for
+from jaxcompress.quantize.fake_quantized_weights import made_for
+from jaxcompress.quantize.ranges.min_max import MovingAverage, moving_average, refuse_non_finite
 
 
 class Followed(NamedTuple):

@@ -10,10 +10,14 @@ from jax import Array
 from jaxcompress.core.packed import Grid
 from jaxcompress.formats import QParams, uniform_codes
 from jaxcompress.formats.scales import finite, smallest_scale
-from jaxcompress.quantize.activations import ActivationQuantizer
-from jaxcompress.quantize.qat.activations import Rule, learned_activations, mean_size
+from jaxcompress.quantize.fake_quantized_activations import ActivationQuantizer
+from jaxcompress.quantize.qat.activation_quantizers import Rule, learned_activations, mean_size
 from jaxcompress.quantize.qat.gradients import clip_level_ste, positive
-from jaxcompress.quantize.qat.lsq_activations import activation_format, largest_code, zero_point
+from jaxcompress.quantize.qat.learned_activation_steps import (
+    activation_format,
+    largest_code,
+    zero_point,
+)
 
 
 class ClipLevel(NamedTuple):

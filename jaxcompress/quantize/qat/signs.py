@@ -18,9 +18,9 @@ from jaxcompress.formats import (
     ternary_absmean,
 )
 from jaxcompress.graph import trace, walk
-from jaxcompress.quantize.activations import chosen_taps
-from jaxcompress.quantize.calibrate import extremes, known
-from jaxcompress.quantize.weights import weights
+from jaxcompress.quantize.fake_quantized_activations import chosen_taps
+from jaxcompress.quantize.fake_quantized_weights import weights
+from jaxcompress.quantize.ranges.min_max import extremes, known
 
 
 def twn(*, axis: int | tuple[int, ...] | None = None, group: int | None = None) -> Compressor:

@@ -1,0 +1,1 @@
+"""Numerical cores: selection, counting, sweeps."""

@@ -1,0 +1,1 @@
+"""Times: rooflines, boards, this machine."""

@@ -1,0 +1,1 @@
+"""Losses on relations between examples."""

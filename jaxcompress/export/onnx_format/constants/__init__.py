@@ -1,0 +1,1 @@
+"""Constants of ONNX files that stay codes."""

@@ -1,0 +1,1 @@
+"""Which dimensions belong together, and the network without some of them."""

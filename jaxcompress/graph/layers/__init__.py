@@ -1,0 +1,1 @@
+"""Contractions as layers: matrices, biases, views of leaves, statistics of inputs."""

@@ -1,0 +1,1 @@
+"""Scales and shifts that migrate between layers."""

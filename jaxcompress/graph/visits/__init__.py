@@ -1,0 +1,1 @@
+"""Visitors at contractions."""

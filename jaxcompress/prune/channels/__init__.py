@@ -1,0 +1,1 @@
+"""Channels of coupled groups: what they are worth, and arrays that shrink."""

@@ -1,0 +1,1 @@
+"""Pruning from calibration data, layer by layer."""

@@ -1,0 +1,1 @@
+"""Masks: what is compared, in which structure, at which step."""

@@ -1,0 +1,1 @@
+"""What compressed sites cost in accuracy."""
