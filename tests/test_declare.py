@@ -1,5 +1,8 @@
 """A kernel of one's own, declared: every pass knows it."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +136,12 @@ def test_saying_it_again_changes_nothing_and_something_else_is_refused():
         jc.graph.declare("moves", kind="move")
     with pytest.raises(ValueError, match="as many axes"):
         jc.graph.declare("odd", contracts=((1,), (0, 1)))
+
+
+def test_the_lines_of_the_readme_run():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = [c for c in re.findall(r"```py\n(.*?)```", readme, re.S) if "my_matmul" in c]
+    names = {"jc": jc}
+    exec(compile(code, "README.md", "exec"), names)
+    fn = lambda p, x: _kernel(names["my_matmul"], (32, 8))(x, p["up"])
+    assert [site.name for site in jc.graph.trace(fn, PARAMS, X).sites] == ["up"]
