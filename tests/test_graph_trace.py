@@ -286,3 +286,11 @@ def test_the_jax_internals_are_as_compat_expects():
         assert hasattr(eqn.ctx, "manager") and str(eqn.source_info.name_stack) == ""
     (out,) = compat.evaluate(jit, [jnp.ones((2, 2)) for _ in jit.invars])
     assert out.shape == (2, 2)
+
+
+def test_bits_of_a_few_elements_may_be_more_elements():
+    # a scale of 4 float32 numbers, as 16 bytes: as many as the weight has, so it is no mere scale
+    fn = lambda p, x, s: (p["w"] * jax.lax.bitcast_convert_type(s, jnp.uint8)) @ x
+    params = {"w": jnp.ones((4, 4), jnp.uint8)}
+    graph = trace(fn, params, jnp.ones((4, 2), jnp.uint8), jnp.ones(4, jnp.float32))
+    assert [site.params for site in graph.sites] == [()]

@@ -99,7 +99,8 @@ def through(primitive: str, origins: list[Origin], aval: Any) -> Origin:
     else:
         result = data(aval)
     meaning = row(primitive)
-    if meaning.elementwise or (meaning.kind == "move" and len(origins) == 1):
+    spread = primitive == "bitcast_convert_type"  # to several narrower elements
+    if (meaning.elementwise and not spread) or (meaning.kind == "move" and len(origins) == 1):
         extent = 1
         for origin in origins:
             extent = _least(extent * origin.extent, size(aval))
