@@ -1,4 +1,14 @@
-"""One operation that labelled values pass: the labels at its operands and results."""
+"""One operation that labelled values pass: the labels at its operands and results.
+
+A scale may be found at a result first (the seed lies behind) or at an operand (before), and a rule
+must work in both directions. So rules do not compute results from operands: they relate *ports*,
+the operands 0, 1, ... and the results -1, -2, ..., and whatever is known at one of them is put to
+the others. `link` is for maps that can be inverted (a transpose), `join` where some axes are those
+of another port and the rest says nothing (a contraction), `same` for elementwise ones.
+
+Every port has two sets of labels: what is multiplied by t, and what is divided by it. A quotient
+turns one into the other, and a weight that takes the scale out of its input has the second.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,6 +1,17 @@
 """Labels on the elements of values, and which of them must be equal.
 
 An element with the label c is multiplied by t_c, for any t_c > 0; where c is `FIXED`, t_c = 1.
+
+The question is which scales may move between layers without a change of the function. Nobody knows
+beforehand how channels lie: a reshape mixes them with positions, a stack interleaves them, heads
+share them. So every element may have a scale of its own at first, and each operation says which
+must be equal; what is left is all the freedom there is. It never finds too much: a tie that is
+missed would be a wrong rule, a tie too many only loses a scale.
+
+Two things keep that cheap. Labels are arrays with an axis of size 1 wherever they do not depend on
+it, so a scale per channel of [64, 56, 56, 256] activations is 256 numbers. And which labels are
+equal is one flat array of representatives (a union-find that is compressed at once), so that a tie
+of whole arrays is one NumPy operation.
 """
 
 import math

@@ -1,4 +1,17 @@
-"""Labels followed from a seed until nothing changes, and the choices with which most stay free."""
+"""Labels followed from a seed until nothing changes, and the choices with which most stay free.
+
+The seed is one label for each channel that a layer sums over: its weight shall be divided by t, so
+whatever made the input must be multiplied by it, wherever that is. Rules carry the labels on until
+they reach weights and biases (which take them), or something that fixes them. A work list holds the
+operations whose ports changed.
+
+Mostly there is one way to carry a scale on. Where a product has two factors that both could, there
+are two, and which is right is seen only at the end: the scale of a norm, say, or the activation in
+front of it. Such an operation waits until nothing else is left to do, for what it is told by others
+may settle it. Then it chooses, and `search` goes through the choices, last one first, up to a
+number of trials; the one that leaves most labels of the seed free is taken. Networks have few such
+places, so this is seldom more than one trial.
+"""
 
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -1,7 +1,13 @@
-"""How a scale per channel passes through a program: a rule per primitive.
+"""How a scale per channel passes through a program: a rule per kind of primitive.
 
 Every operation that touches a labelled value ties labels together (what it adds must be scaled
 alike), passes them on, or fixes them (t_c = 1: what it does depends on the size of its operand).
+
+Which of the three follows from the degree of homogeneity in the table of primitives. Of degree 1,
+f(t x) = t f(x): the result has the labels of the operands, and several operands have the same ones,
+because a maximum or a sum of values that are scaled differently is no scaled value. Of degree 0 the
+result is not scaled. Without a degree (exp, tanh) only t = 1 is left, which is the default: what
+has no rule fixes what it touches, and the function stays the same.
 """
 
 from collections.abc import Callable
