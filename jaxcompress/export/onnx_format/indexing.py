@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.export.onnx_format.constants.codes import Codes
+from jaxcompress.export.onnx_format.matrix_products import joined_codes
 from jaxcompress.export.onnx_format.onnx_elementwise import rule
 from jaxcompress.export.onnx_format.onnx_graph import MICROSOFT
 from jaxcompress.export.onnx_format.onnx_lowering import Lowering
 from jaxcompress.export.onnx_format.onnx_moves import sliced, source
-from jaxcompress.export.onnx_format.products import joined_codes
 from jaxcompress.export.onnx_format.quantized import dequantized
 from jaxcompress.export.onnx_format.symbolic_sizes import is_static
 from jaxcompress.graph.equations import Equation

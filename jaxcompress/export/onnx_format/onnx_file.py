@@ -17,6 +17,14 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.pytrees import stored_bits
 from jaxcompress.core.sharding.meshes import on_one_device
 from jaxcompress.export.litert_format.marked_program import marked_program
+from jaxcompress.export.onnx_format import (  # noqa: F401  (they fill the table of rules)
+    composed,
+    indexing,
+    matrix_products,
+    onnx_convolutions,
+    onnx_moves,
+    reductions,
+)
 from jaxcompress.export.onnx_format.onnx_elementwise import lowering
 from jaxcompress.export.onnx_format.onnx_graph import Graph, Port, require_onnx
 from jaxcompress.export.onnx_format.onnx_lowering import Lowering, Settings, refusal
