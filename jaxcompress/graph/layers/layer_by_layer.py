@@ -2,7 +2,7 @@
 
 Methods that look at one layer at a time (GPTQ, AdaRound, Wanda, SparseGPT) differ in how they solve
 a layer; which layers there are, what enters them and in which order is the same. A weight that
-several contractions use is solved once, for the inputs of all of them (`graph.uses`).
+several contractions use is solved once, for the inputs of all of them (`graph.layers.uses`).
 """
 
 import math
@@ -55,7 +55,7 @@ def match_layers(
     """Matches rules, regular expressions on whole paths, with the layers of a network.
 
     Args:
-      found: what `graph.matrices.layers` found in the network.
+      found: what `graph.layers.matrices.layers` found in the network.
       params: its parameters.
       rules: regex -> anything; the first match wins.
       name: what the rules are called in a message.
@@ -106,7 +106,7 @@ def solve_layers(
     Args:
       solve: what is done with a layer, the moments being those of all its uses.
       apply_fn, params, batches: the network and the data.
-      pools: weights with their uses, of `graph.uses.pools`.
+      pools: weights with their uses, of `graph.layers.uses.pools`.
       prefix: whether what enters a layer comes from the network with the layers before it replaced
         already; else from the network as it is.
       gram, grids: as in `capture`.

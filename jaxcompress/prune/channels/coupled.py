@@ -159,7 +159,7 @@ def checked(axes: Axes, kept: Kept) -> dict[str, np.ndarray]:
 
 
 def by_atom(axes: Axes, kept: Mapping[str, np.ndarray]) -> dict[Atom, np.ndarray]:
-    """Keys as `graph.replay` wants them."""
+    """Keys as `graph.coupling.smaller` wants them."""
     return {axes.program.atoms[name]: stays for name, stays in kept.items()}
 
 

@@ -5,9 +5,9 @@ contraction. So the scores of activations (`activity`, `entropy`) are those of t
 of every contraction with a weight, by the name of its tap (`graph.trace(...).taps`):
 
 - the channels of a convolution are its input channels, all groups together;
-- those of a product are what it sums over, in the order of `graph.matrices.rows`: one number per
-  row of a dense kernel (batch axes of the product, such as experts, in front: [G * K]; the experts
-  of a ragged one have their inputs in common: [K]);
+- those of a product are what it sums over, in the order of `graph.layers.matrices.rows`: one
+  number per row of a dense kernel (batch axes of the product, such as experts, in front: [G * K];
+  the experts of a ragged one have their inputs in common: [K]);
 - inside scans there is a row of channels per trip, [*loops, channels]: the layers of a stack, or
   the steps of a recurrence.
 

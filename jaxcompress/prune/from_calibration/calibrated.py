@@ -1,6 +1,6 @@
 """What Wanda and SparseGPT share: shares of zeros by path, layers, and the masks they give.
 
-A layer is a product of rows of inputs with matrices [K, N] (`graph.matrices`): K inputs, for
+A layer is a product of rows of inputs with matrices [K, N] (`graph.layers.matrices`): K inputs, for
 convolutions taps times input channels with the channels last, and N outputs. So the "rows" of the
 papers' weights are columns here. n of m goes along the input channels, tap by tap, as `n_m` does.
 """
@@ -55,7 +55,7 @@ def targets(
     """Matches shares of zeros (and formats) with the layers of a network.
 
     Warns of leaves that a rule takes and that stay dense: no contraction takes them as they are, or
-    their uses have no inputs in common (`graph.uses`).
+    their uses have no inputs in common (`graph.layers.uses`).
 
     Raises:
       ValueError: no data; a rule that matches nothing, or no layer; a share out of range; NaN or

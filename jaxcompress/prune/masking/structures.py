@@ -4,7 +4,7 @@ A structure turns the scores of a leaf into scores of its units, which a scope s
 the mask of units back into a mask of weights. So "the share of zeros" of a structure is the share
 of its units, exactly; that of the weights is the same where all units are of one size.
 
-NaN scores count as -inf, as in `core.select`, and make a unit that holds one go first.
+NaN scores count as -inf, as in `core.numerics.top_k`, and make a unit that holds one go first.
 """
 
 import math

@@ -148,7 +148,7 @@ def absorb_high_bias(
 
     Args:
       apply_fn, params, batches: as `equalize`.
-      groups: of `graph.absorb.absorbable`.
+      groups: of `graph.scaling.migration.absorbable`.
     """
     shifts = shiftable(apply_fn, params, batches[0], groups)
     behind = [layer for shift in shifts for layer, _ in shift.consumers]

@@ -47,7 +47,7 @@ def drive(
     """Solves every layer that `spec` takes, in order; params on their grids, and the state.
 
     Weights that several contractions use are solved once, for the inputs of all of them; where that
-    cannot be (`graph.uses`), they are rounded to nearest, and a warning names them.
+    cannot be (`graph.layers.uses`), they are rounded to nearest, and a warning names them.
 
     Args as in `gptq`.
 

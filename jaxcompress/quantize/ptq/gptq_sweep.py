@@ -1,4 +1,4 @@
-"""The numerical core of GPTQ, `core.sweep`, and the scales that are found on the way."""
+"""The numerical core of GPTQ, `column_sweep`, and the scales that are found on the way."""
 
 from typing import Any, NamedTuple
 

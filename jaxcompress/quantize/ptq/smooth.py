@@ -38,9 +38,10 @@ def smooth_quant(
     """Shares the ranges of inputs and weights: X / s and s W with s = max|X|^a / max|W|^(1 - a).
 
     The function stays the same; s goes out of what produces X, where that can be
-    (`graph.absorb.absorbable`): the scale of a norm, the layer before a ReLU, attention's values.
-    All layers that read X count in max|W|, and all tensors that meet one weight in max|X|. Meant
-    for quantized activations, of which a few channels are far larger than the rest.
+    (`graph.scaling.migration.absorbable`): the scale of a norm, the layer before a ReLU,
+    attention's values. All layers that read X count in max|W|, and all tensors that meet one weight
+    in max|X|. Meant for quantized activations, of which a few channels are far larger than the
+    rest.
 
     Args:
       apply_fn: pure, (params, *inputs) -> outputs.
