@@ -208,10 +208,10 @@ def test_interrupted_anywhere_the_file_is_the_same(tmp_path, source, every_commi
 def test_a_killed_process_is_resumed(tmp_path, source):
     quantize_file(source, tmp_path / "whole", **INT4)
     code = (
-        "import os, signal, sys; from jaxcompress.export import stream, stream_write;"
+        "import os, signal, sys; from jaxcompress.export.checkpoint import stream_write, streaming;"
         "stream_write.COMMIT_S = 0.0;"
         "kill = lambda at: at.done_tensors == 4 and os.kill(os.getpid(), signal.SIGKILL);"
-        "stream.quantize_file(*sys.argv[1:], format='int4', group=32, progress=kill)"
+        "streaming.quantize_file(*sys.argv[1:], format='int4', group=32, progress=kill)"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
     assert subprocess.run(command).returncode == -signal.SIGKILL

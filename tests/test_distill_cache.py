@@ -179,7 +179,7 @@ import os, signal, sys
 import numpy as np
 sys.path.insert(0, sys.argv[2])
 import test_distill_cache as t
-from jaxcompress.distill import cache
+from jaxcompress.distill.teachers import output_cache as cache
 compute, done = cache._batch, []
 def batch(*args):
     done.append(1)
