@@ -121,7 +121,7 @@ MAPS: dict[str, Callable] = {
     "abs": jnp.abs,
     "maximum": lambda h: jnp.maximum(h, -h),
     "where": lambda h: jnp.where(h > 0, h, 0.1 * h),
-    "cast": lambda h: h.astype(jnp.bfloat16).astype(jnp.float32),
+    "cast": lambda h: h.astype(jnp.bfloat16).astype(h.dtype),
     "reduce_precision": lambda h: lax.reduce_precision(h, 8, 10),
     "add": lambda h: h + h[::-1],
     "square": jnp.square,
